@@ -1,0 +1,1 @@
+//! gRPC and HTTP; converts at the edge.

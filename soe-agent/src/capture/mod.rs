@@ -1,0 +1,1 @@
+//! Cuts and copies: optimistic and freezing providers, pre-copy passes, the freeze guard.

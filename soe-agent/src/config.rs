@@ -1,0 +1,1 @@
+//! Configuration: TOML, every key with a default and a documented range.

@@ -1,0 +1,1 @@
+//! Block I/O engines: io_uring, a plain fallback, and decorators.

@@ -1,0 +1,1 @@
+//! The on-disk layer format, the rules of chains, the store.

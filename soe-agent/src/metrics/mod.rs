@@ -1,0 +1,1 @@
+//! One registry of metric names with unit and meaning.

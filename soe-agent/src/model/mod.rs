@@ -1,0 +1,1 @@
+//! Forecasters: the burn network, the baselines beside it, and the choice among them.

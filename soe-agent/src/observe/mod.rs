@@ -1,0 +1,1 @@
+//! Block events in: the eBPF half, recorded traces, and the volumes they belong to.

@@ -1,0 +1,1 @@
+//! Restore plans and the jobs that carry them out.

@@ -1,0 +1,1 @@
+//! Wires the agent: the only place that builds concrete parts.

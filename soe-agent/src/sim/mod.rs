@@ -1,0 +1,1 @@
+//! Virtual time, and simulated disks that can lie, tear and lose power.

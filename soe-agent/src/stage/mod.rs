@@ -1,0 +1,1 @@
+//! Pre-staging: scoring, admission, copying, coherent reads.

@@ -1,0 +1,1 @@
+//! Events to one-second windows per volume, and features for the model.
