@@ -4,7 +4,7 @@
 //! the host. Records that cross the kernel boundary are `repr(C)` with explicit padding, and their
 //! sizes are asserted at compile time, because a silent change of layout would make the agent adopt
 //! pinned maps it misreads.
-#![no_std]
+#![cfg_attr(not(test), no_std)]
 
 pub mod histogram;
 pub mod record;

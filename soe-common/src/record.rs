@@ -1,0 +1,1 @@
+//! Records that cross the kernel boundary.
