@@ -64,7 +64,10 @@ impl LayerAttempt {
         sequence: u64,
         volumes: Vec<(LayerSpec, Option<Parent>)>,
     ) -> Result<Self, LayerError> {
-        let folder = format!("{group_folder}/{}", catalog::attempt_name(reservation.attempt));
+        let folder = format!(
+            "{group_folder}/{}",
+            catalog::attempt_name(reservation.attempt)
+        );
         let encoder = Encoder::new(reservation.inner.options.compression)
             .map_err(|error| LayerError::io("prepare compression for", &folder, error))?;
         let volumes = volumes
@@ -81,7 +84,16 @@ impl LayerAttempt {
             .collect();
         let created = reservation.inner.fs.create_dir(&folder);
         created.map_err(|error| LayerError::io("create", &folder, error))?;
-        Ok(Self { reservation, group_folder, folder, sequence, volumes, encoder, failed: false, remove_files: true })
+        Ok(Self {
+            reservation,
+            group_folder,
+            folder,
+            sequence,
+            volumes,
+            encoder,
+            failed: false,
+            remove_files: true,
+        })
     }
 
     /// The sequence number that the commit will have.
@@ -91,7 +103,9 @@ impl LayerAttempt {
 
     /// Blocks that the layer of the volume at `volume` would hold now, data and holes together.
     pub fn changed_blocks(&self, volume: usize) -> u64 {
-        self.volumes.get(volume).map_or(0, |volume| volume.entries.len() as u64 + volume.holes.block_count())
+        self.volumes.get(volume).map_or(0, |volume| {
+            volume.entries.len() as u64 + volume.holes.block_count()
+        })
     }
 
     /// Puts the content of one block of the volume at `volume` in the order of `begin`. A block put
@@ -99,7 +113,12 @@ impl LayerAttempt {
     ///
     /// # Errors
     /// [`LayerError::BadBlock`] when it does not fit, and what the file system says.
-    pub fn put_block(&mut self, volume: usize, block: BlockIndex, data: &[u8]) -> Result<Put, LayerError> {
+    pub fn put_block(
+        &mut self,
+        volume: usize,
+        block: BlockIndex,
+        data: &[u8],
+    ) -> Result<Put, LayerError> {
         self.put(volume, block, data, false)
     }
 
@@ -108,22 +127,41 @@ impl LayerAttempt {
     ///
     /// # Errors
     /// As [`put_block`](Self::put_block).
-    pub fn put_if_different(&mut self, volume: usize, block: BlockIndex, data: &[u8]) -> Result<Put, LayerError> {
+    pub fn put_if_different(
+        &mut self,
+        volume: usize,
+        block: BlockIndex,
+        data: &[u8],
+    ) -> Result<Put, LayerError> {
         self.put(volume, block, data, true)
     }
 
-    fn put(&mut self, volume: usize, block: BlockIndex, data: &[u8], compare: bool) -> Result<Put, LayerError> {
+    fn put(
+        &mut self,
+        volume: usize,
+        block: BlockIndex,
+        data: &[u8],
+        compare: bool,
+    ) -> Result<Put, LayerError> {
         if self.failed {
-            return Err(LayerError::AttemptFailed { group: self.reservation.group.clone() });
+            return Err(LayerError::AttemptFailed {
+                group: self.reservation.group.clone(),
+            });
         }
         let count = self.volumes.len();
-        let target = self.volumes.get_mut(volume).ok_or_else(|| LayerError::BadRequest {
-            what: format!("there is no volume {volume} in a capture of {count}"),
-        })?;
+        let target = self
+            .volumes
+            .get_mut(volume)
+            .ok_or_else(|| LayerError::BadRequest {
+                what: format!("there is no volume {volume} in a capture of {count}"),
+            })?;
         target.check(block, data)?;
         let hash = Hash32::of_block(data);
         target.seen.insert(block.0..block.0 + 1);
-        let before = target.parent.as_ref().map(|parent| parent.tree.block_hash(block.0));
+        let before = target
+            .parent
+            .as_ref()
+            .map(|parent| parent.tree.block_hash(block.0));
         if compare && before == Some(hash) {
             target.entries.remove(&block.0);
             target.holes.remove(block.0..block.0 + 1);
@@ -135,14 +173,28 @@ impl LayerAttempt {
             return Ok(Put::Hole);
         }
         target.holes.remove(block.0..block.0 + 1);
-        if target.entries.get(&block.0).is_some_and(|entry| entry.hash == hash) {
+        if target
+            .entries
+            .get(&block.0)
+            .is_some_and(|entry| entry.hash == hash)
+        {
             return Ok(Put::Stored); // a later pass read what an earlier one had read
         }
         let (codec, stored) = self.encoder.encode(data);
         match target.append(&self.reservation, &self.folder, volume as u32, stored) {
             Ok((segment, offset)) => {
                 let stored_len = stored.len() as u32;
-                target.entries.insert(block.0, Entry { block: block.0, offset, stored_len, segment, codec, hash });
+                target.entries.insert(
+                    block.0,
+                    Entry {
+                        block: block.0,
+                        offset,
+                        stored_len,
+                        segment,
+                        codec,
+                        hash,
+                    },
+                );
                 Ok(Put::Stored)
             }
             Err(error) => {
@@ -162,11 +214,17 @@ impl LayerAttempt {
     /// [`LayerStore::head`](super::LayerStore::head) again before the next capture.
     pub fn commit(mut self, cut: CutRecord) -> Result<GroupManifest, LayerError> {
         if self.failed {
-            return Err(LayerError::AttemptFailed { group: self.reservation.group.clone() });
+            return Err(LayerError::AttemptFailed {
+                group: self.reservation.group.clone(),
+            });
         }
         if cut.volumes.len() != self.volumes.len() {
             return Err(LayerError::BadRequest {
-                what: format!("a cut of {} volumes cannot end a capture of {}", cut.volumes.len(), self.volumes.len()),
+                what: format!(
+                    "a cut of {} volumes cannot end a capture of {}",
+                    cut.volumes.len(),
+                    self.volumes.len()
+                ),
             });
         }
         for volume in &self.volumes {
@@ -175,14 +233,23 @@ impl LayerAttempt {
         let (manifest, trees) = self.write_layers(cut)?;
         let bytes = manifest::encode(&manifest)?;
         let inner = self.reservation.inner.clone();
-        let sync = |path: &str| inner.fs.sync_dir(path).map_err(|error| LayerError::io("sync", path, error));
+        let sync = |path: &str| {
+            inner
+                .fs
+                .sync_dir(path)
+                .map_err(|error| LayerError::io("sync", path, error))
+        };
         // The files' names must last before a manifest names them.
         sync(&self.folder)?;
         sync(&self.group_folder)?;
         let temporary = catalog::temporary_name(self.reservation.attempt);
         let name = catalog::manifest_name(self.sequence);
-        if let Err(error) = store::write_durably(&*inner.fs, &self.group_folder, &temporary, &name, &bytes) {
-            let _ = inner.fs.remove_file(&format!("{}/{temporary}", self.group_folder));
+        if let Err(error) =
+            store::write_durably(&*inner.fs, &self.group_folder, &temporary, &name, &bytes)
+        {
+            let _ = inner
+                .fs
+                .remove_file(&format!("{}/{temporary}", self.group_folder));
             return Err(error);
         }
         // From here on the manifest may survive a power cut, and so must what it names.
@@ -200,7 +267,10 @@ impl LayerAttempt {
     }
 
     /// Makes every volume's files durable and describes them.
-    fn write_layers(&mut self, cut: CutRecord) -> Result<(GroupManifest, Vec<Arc<StateTree>>), LayerError> {
+    fn write_layers(
+        &mut self,
+        cut: CutRecord,
+    ) -> Result<(GroupManifest, Vec<Arc<StateTree>>), LayerError> {
         let mut layers = Vec::with_capacity(self.volumes.len());
         let mut trees = Vec::with_capacity(self.volumes.len());
         let attempt = self.reservation.attempt;
@@ -214,7 +284,11 @@ impl LayerAttempt {
                 None => StateTree::new(spec.volume_bytes, spec.block_size),
             };
             store::apply(&mut tree, &index, spec.kind);
-            let stored = segments.iter().chain([&index_ref]).map(|file| file.len).sum();
+            let stored = segments
+                .iter()
+                .chain([&index_ref])
+                .map(|file| file.len)
+                .sum();
             layers.push(VolumeLayer {
                 id: store::new_layer_id(options),
                 volume: spec.volume,
@@ -222,9 +296,13 @@ impl LayerAttempt {
                 volume_bytes: spec.volume_bytes,
                 block_size: spec.block_size,
                 kind: spec.kind,
-                chain: parent.as_ref().map_or_else(|| (options.new_uuid)(), |parent| parent.chain),
-                parent: parent
-                    .map(|parent| ParentRef { sequence: parent.sequence, state_root: parent.state_root }),
+                chain: parent
+                    .as_ref()
+                    .map_or_else(|| (options.new_uuid)(), |parent| parent.chain),
+                parent: parent.map(|parent| ParentRef {
+                    sequence: parent.sequence,
+                    state_root: parent.state_root,
+                }),
                 generation: cut.generation,
                 cut_epoch: cut.cut_epoch,
                 since_epoch: cut.since_epoch,
@@ -266,7 +344,10 @@ impl Drop for LayerAttempt {
         self.volumes.clear();
         if self.remove_files {
             // Whatever cannot be removed now is garbage, which the next open collects.
-            let _ = self.reservation.inner.remove_folder(&self.folder, &mut Collected::default());
+            let _ = self
+                .reservation
+                .inner
+                .remove_folder(&self.folder, &mut Collected::default());
         }
     }
 }
@@ -274,7 +355,10 @@ impl Drop for LayerAttempt {
 impl VolumeAttempt {
     fn check(&self, block: BlockIndex, data: &[u8]) -> Result<(), LayerError> {
         let spec = &self.spec;
-        let start = block.0.checked_mul(u64::from(spec.block_size)).filter(|&start| start < spec.volume_bytes);
+        let start = block
+            .0
+            .checked_mul(u64::from(spec.block_size))
+            .filter(|&start| start < spec.volume_bytes);
         let expected = start.map(|start| u64::from(spec.block_size).min(spec.volume_bytes - start));
         if expected == Some(data.len() as u64) {
             return Ok(());
@@ -292,12 +376,20 @@ impl VolumeAttempt {
     fn check_complete(&self, group: &str) -> Result<(), LayerError> {
         let spec = &self.spec;
         let blocks = spec.volume_bytes.div_ceil(u64::from(spec.block_size));
-        match self.seen.first_gap(blocks).filter(|_| spec.kind.reads_everything()) {
+        match self
+            .seen
+            .first_gap(blocks)
+            .filter(|_| spec.kind.reads_everything())
+        {
             None => Ok(()),
             Some(block) => Err(LayerError::Incomplete {
                 group: group.to_owned(),
                 volume: spec.volume.clone(),
-                kind: if spec.kind == LayerKind::Baseline { "baseline" } else { "rescan" },
+                kind: if spec.kind == LayerKind::Baseline {
+                    "baseline"
+                } else {
+                    "rescan"
+                },
                 block,
             }),
         }
@@ -312,7 +404,10 @@ impl VolumeAttempt {
         stored: &[u8],
     ) -> Result<(u32, u64), LayerError> {
         let inner = &reservation.inner;
-        if let Some(full) = self.open_segment.take_if(|open| open.len() >= inner.options.segment_bytes) {
+        if let Some(full) = self
+            .open_segment
+            .take_if(|open| open.len() >= inner.options.segment_bytes)
+        {
             self.segments.push(full.finish()?);
         }
         let number = self.segments.len() as u32;
@@ -321,14 +416,23 @@ impl VolumeAttempt {
             none => none.insert(SegmentWriter::create(
                 &*inner.fs,
                 folder,
-                SegmentHeader { number, attempt: reservation.attempt, store: inner.id, volume },
+                SegmentHeader {
+                    number,
+                    attempt: reservation.attempt,
+                    store: inner.id,
+                    volume,
+                },
             )?),
         };
         Ok((number, open.append(stored)?))
     }
 
     /// Makes the segments durable and returns them with the index over them.
-    fn finish(&mut self, attempt: Uuid, position: u32) -> Result<(LayerIndex, Vec<FileRef>), LayerError> {
+    fn finish(
+        &mut self,
+        attempt: Uuid,
+        position: u32,
+    ) -> Result<(LayerIndex, Vec<FileRef>), LayerError> {
         if let Some(open) = self.open_segment.take() {
             self.segments.push(open.finish()?);
         }
@@ -354,8 +458,16 @@ fn write_index(
     let path = format!("{folder}/{file_name}");
     let bytes = index.encode();
     let fs = &reservation.inner.fs;
-    let mut file = fs.create(&path).map_err(|error| LayerError::io("create", &path, error))?;
-    file.append(&bytes).map_err(|error| LayerError::io("write to", &path, error))?;
-    file.sync().map_err(|error| LayerError::io("sync", &path, error))?;
-    Ok(FileRef { file: file_name, len: bytes.len() as u64, blake3: Hash32::of(&bytes) })
+    let mut file = fs
+        .create(&path)
+        .map_err(|error| LayerError::io("create", &path, error))?;
+    file.append(&bytes)
+        .map_err(|error| LayerError::io("write to", &path, error))?;
+    file.sync()
+        .map_err(|error| LayerError::io("sync", &path, error))?;
+    Ok(FileRef {
+        file: file_name,
+        len: bytes.len() as u64,
+        blake3: Hash32::of(&bytes),
+    })
 }

@@ -45,19 +45,30 @@ impl LayerRef {
     }
 
     fn find(manifest: &Arc<GroupManifest>, volume: &str) -> Option<Self> {
-        let position = manifest.volumes.iter().position(|layer| layer.volume == volume)?;
-        Some(Self { manifest: manifest.clone(), position })
+        let position = manifest
+            .volumes
+            .iter()
+            .position(|layer| layer.volume == volume)?;
+        Some(Self {
+            manifest: manifest.clone(),
+            position,
+        })
     }
 }
 
 impl Catalog {
     pub(crate) fn new(group: &str) -> Self {
-        Self { group: group.to_owned(), manifests: BTreeMap::new() }
+        Self {
+            group: group.to_owned(),
+            manifests: BTreeMap::new(),
+        }
     }
 
     /// The sequence number that the next commit takes.
     pub(crate) fn next_sequence(&self) -> u64 {
-        self.manifests.last_key_value().map_or(1, |(sequence, _)| sequence.saturating_add(1))
+        self.manifests
+            .last_key_value()
+            .map_or(1, |(sequence, _)| sequence.saturating_add(1))
     }
 
     /// Readable manifests, oldest first.
@@ -70,12 +81,17 @@ impl Catalog {
 
     /// Whether every manifest can be read.
     pub(crate) fn all_readable(&self) -> bool {
-        self.manifests.values().all(|listed| matches!(listed, Listed::Good(_)))
+        self.manifests
+            .values()
+            .all(|listed| matches!(listed, Listed::Good(_)))
     }
 
     /// The newest manifest. When it cannot be read, an older one would be a wrong answer.
     pub(crate) fn head(&self) -> Result<Option<Arc<GroupManifest>>, LayerError> {
-        self.manifests.last_key_value().map(|(_, listed)| good(listed).cloned()).transpose()
+        self.manifests
+            .last_key_value()
+            .map(|(_, listed)| good(listed).cloned())
+            .transpose()
     }
 
     /// The newest layer of `volume` at or before `at`.
@@ -118,8 +134,12 @@ impl Catalog {
                 .ok_or_else(|| broken(format!("its parent {sequence} is missing")))?;
             let parent = LayerRef::find(good(listed)?, &volume)
                 .ok_or_else(|| broken(format!("manifest {sequence} does not name the volume")))?;
-            link(child.layer(), parent.layer(), parent_ref.state_root == parent.layer().state_root)
-                .map_err(|what| broken(format!("{what} of its parent {sequence}")))?;
+            link(
+                child.layer(),
+                parent.layer(),
+                parent_ref.state_root == parent.layer().state_root,
+            )
+            .map_err(|what| broken(format!("{what} of its parent {sequence}")))?;
             chain.push(parent);
         }
         Ok(chain)
@@ -150,7 +170,9 @@ fn link(child: &VolumeLayer, parent: &VolumeLayer, same_root: bool) -> Result<()
 
 /// The folder of a group: percent-encoded, so that any name is one folder's name.
 pub(crate) fn group_folder(group: &str) -> Result<String, LayerError> {
-    let bad = |what: &str| LayerError::BadRequest { what: format!("group name {group:?} {what}") };
+    let bad = |what: &str| LayerError::BadRequest {
+        what: format!("group name {group:?} {what}"),
+    };
     if group.is_empty() {
         return Err(bad("is empty"));
     }
@@ -162,7 +184,11 @@ pub(crate) fn group_folder(group: &str) -> Result<String, LayerError> {
             folder.push_str(&format!("%{byte:02x}"));
         }
     }
-    if folder.len() > 200 { Err(bad("is too long")) } else { Ok(folder) }
+    if folder.len() > 200 {
+        Err(bad("is too long"))
+    } else {
+        Ok(folder)
+    }
 }
 
 /// The group that a folder belongs to.
@@ -207,7 +233,9 @@ pub(crate) fn temporary_name(attempt: Uuid) -> String {
 
 /// The attempt that a folder or temporary manifest belongs to.
 pub(crate) fn attempt_of_name(name: &str) -> Option<Uuid> {
-    let text = name.strip_prefix("a-").or_else(|| name.strip_prefix("tmp-"))?;
+    let text = name
+        .strip_prefix("a-")
+        .or_else(|| name.strip_prefix("tmp-"))?;
     let attempt = Uuid::try_parse(text).ok()?;
     (attempt_name(attempt) == name || temporary_name(attempt) == name).then_some(attempt)
 }

@@ -45,12 +45,17 @@ impl Encoder {
             Compression::Raw => None,
             Compression::Zstd1 => Some(Compressor::new(1)?),
         };
-        Ok(Self { zstd, buffer: Vec::new() })
+        Ok(Self {
+            zstd,
+            buffer: Vec::new(),
+        })
     }
 
     /// The codec and the bytes to store for `block`.
     pub(crate) fn encode<'a>(&'a mut self, block: &'a [u8]) -> (Codec, &'a [u8]) {
-        let Some(zstd) = &mut self.zstd else { return (Codec::Raw, block) };
+        let Some(zstd) = &mut self.zstd else {
+            return (Codec::Raw, block);
+        };
         // A saving of less than an eighth is not worth the time of every later read, and a buffer
         // of that size lets zstd give up early.
         let limit = block.len() - block.len() / 8;
@@ -80,7 +85,10 @@ impl Decoder {
                 }
                 fits
             }
-            Codec::Zstd => self.0.decompress_to_buffer(stored, block).is_ok_and(|len| len == block.len()),
+            Codec::Zstd => self
+                .0
+                .decompress_to_buffer(stored, block)
+                .is_ok_and(|len| len == block.len()),
         }
     }
 }

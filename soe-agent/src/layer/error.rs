@@ -50,7 +50,9 @@ pub enum LayerError {
         what: String,
     },
     /// A newer program wrote this.
-    #[error("layer store: {path} was written in {what} that this version does not know; use a newer soe")]
+    #[error(
+        "layer store: {path} was written in {what} that this version does not know; use a newer soe"
+    )]
     Unsupported {
         /// The file, relative to the store.
         path: String,
@@ -96,7 +98,9 @@ pub enum LayerError {
         block: u64,
     },
     /// A block does not fit the volume.
-    #[error("block {block} of {volume} with {bytes} bytes does not fit a volume of {volume_bytes} bytes in blocks of {block_size}")]
+    #[error(
+        "block {block} of {volume} with {bytes} bytes does not fit a volume of {volume_bytes} bytes in blocks of {block_size}"
+    )]
     BadBlock {
         /// The volume.
         volume: String,
@@ -128,7 +132,9 @@ pub enum LayerError {
         what: String,
     },
     /// The attempt failed before and can only be aborted.
-    #[error("group {group}: this capture failed to store its data earlier and cannot be committed; capture again")]
+    #[error(
+        "group {group}: this capture failed to store its data earlier and cannot be committed; capture again"
+    )]
     AttemptFailed {
         /// The group.
         group: String,
@@ -140,7 +146,9 @@ impl LayerError {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Damaged { .. } | Self::BrokenChain { .. } => ErrorClass::Integrity,
-            Self::BadBlock { .. } | Self::BadRequest { .. } | Self::NotFound { .. } => ErrorClass::Usage,
+            Self::BadBlock { .. } | Self::BadRequest { .. } | Self::NotFound { .. } => {
+                ErrorClass::Usage
+            }
             Self::NeedsBaseline { .. } | Self::Busy { .. } => ErrorClass::Refused,
             Self::Io { .. }
             | Self::NoSpace { .. }
@@ -152,18 +160,38 @@ impl LayerError {
 
     /// Wraps an error of `call` on `path`.
     pub(crate) fn io(call: &'static str, path: &str, source: io::Error) -> Self {
-        let full = matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
-        let path = if path.is_empty() { ".".to_owned() } else { path.to_owned() };
-        if full { Self::NoSpace { call, path } } else { Self::Io { call, path, source } }
+        let full = matches!(
+            source.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        );
+        let path = if path.is_empty() {
+            ".".to_owned()
+        } else {
+            path.to_owned()
+        };
+        if full {
+            Self::NoSpace { call, path }
+        } else {
+            Self::Io { call, path, source }
+        }
     }
 
     /// `path` is damaged.
     pub(crate) fn damaged(path: &str, what: impl Into<String>) -> Self {
-        Self::Damaged { path: path.to_owned(), what: what.into() }
+        Self::Damaged {
+            path: path.to_owned(),
+            what: what.into(),
+        }
     }
 
     /// A block was read whose bytes are not those of the index.
     pub(crate) fn bad_content(path: &str, block: BlockIndex) -> Self {
-        Self::damaged(path, format!("block {} does not have the content its index promises", block.0))
+        Self::damaged(
+            path,
+            format!(
+                "block {} does not have the content its index promises",
+                block.0
+            ),
+        )
     }
 }

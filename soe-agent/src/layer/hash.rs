@@ -19,7 +19,11 @@ impl Hash32 {
 
     /// The hash in the state tree of a block with content `bytes`.
     pub fn of_block(bytes: &[u8]) -> Self {
-        if is_zero(bytes) { Self::ZERO_BLOCK } else { Self::of(bytes) }
+        if is_zero(bytes) {
+            Self::ZERO_BLOCK
+        } else {
+            Self::of(bytes)
+        }
     }
 
     /// Parses 64 lower-case hexadecimal digits.
@@ -62,7 +66,9 @@ impl Serialize for Hash32 {
 impl<'de> Deserialize<'de> for Hash32 {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        Self::from_hex(&text).ok_or_else(|| de::Error::custom(format!("{text:?} is not a hash of 64 hexadecimal digits")))
+        Self::from_hex(&text).ok_or_else(|| {
+            de::Error::custom(format!("{text:?} is not a hash of 64 hexadecimal digits"))
+        })
     }
 }
 

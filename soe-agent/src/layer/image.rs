@@ -34,8 +34,15 @@ impl LayerStore {
     ///
     /// # Errors
     /// [`LayerError::NotFound`], [`LayerError::BrokenChain`] or [`LayerError::Damaged`].
-    pub fn image(&self, group: &str, volume: &str, sequence: Option<u64>) -> Result<Image, LayerError> {
-        let missing = || LayerError::NotFound { what: format!("layer of {volume} in group {group}") };
+    pub fn image(
+        &self,
+        group: &str,
+        volume: &str,
+        sequence: Option<u64>,
+    ) -> Result<Image, LayerError> {
+        let missing = || LayerError::NotFound {
+            what: format!("layer of {volume} in group {group}"),
+        };
         let chain = self.with_catalog(group, |catalog: &Catalog| {
             let layer = match sequence {
                 Some(sequence) => catalog.layer(volume, sequence)?,
@@ -49,10 +56,21 @@ impl LayerStore {
 
 impl Image {
     fn open(inner: Arc<Inner>, layers: Vec<LayerRef>) -> Result<Self, LayerError> {
-        let indexes: Vec<LayerIndex> = layers.iter().map(|layer| inner.read_index(layer)).collect::<Result<_, _>>()?;
+        let indexes: Vec<LayerIndex> = layers
+            .iter()
+            .map(|layer| inner.read_index(layer))
+            .collect::<Result<_, _>>()?;
         let index = MergedIndex::new(indexes)?;
-        let segments = SegmentCache { inner, open: Mutex::new(Vec::new()) };
-        Ok(Self { index, layers, segments, decoders: Mutex::new(Vec::new()) })
+        let segments = SegmentCache {
+            inner,
+            open: Mutex::new(Vec::new()),
+        };
+        Ok(Self {
+            index,
+            layers,
+            segments,
+            decoders: Mutex::new(Vec::new()),
+        })
     }
 
     /// Where every block is.
@@ -70,9 +88,15 @@ impl Image {
     /// # Errors
     /// [`LayerError::Damaged`] when the bytes are not those that were captured.
     pub fn read_block(&self, block: BlockIndex, buf: &mut [u8]) -> Result<(), LayerError> {
-        if block.0 >= self.index.block_count() || buf.len() as u64 != self.index.block_range(block.0).len {
+        if block.0 >= self.index.block_count()
+            || buf.len() as u64 != self.index.block_range(block.0).len
+        {
             return Err(LayerError::BadBlock {
-                volume: self.layers.first().map(|layer| layer.layer().volume.clone()).unwrap_or_default(),
+                volume: self
+                    .layers
+                    .first()
+                    .map(|layer| layer.layer().volume.clone())
+                    .unwrap_or_default(),
                 block: block.0,
                 bytes: buf.len(),
                 volume_bytes: self.index.volume_bytes(),
@@ -89,9 +113,16 @@ impl Image {
     }
 
     /// Reads the block of `entry` of the layer at place `layer` into `buf`.
-    pub(crate) fn read_entry(&self, layer: usize, entry: &Entry, buf: &mut [u8]) -> Result<(), LayerError> {
+    pub(crate) fn read_entry(
+        &self,
+        layer: usize,
+        entry: &Entry,
+        buf: &mut [u8],
+    ) -> Result<(), LayerError> {
         let Some(found) = self.layers.get(layer) else {
-            return Err(LayerError::BadRequest { what: format!("the chain has no layer {layer}") });
+            return Err(LayerError::BadRequest {
+                what: format!("the chain has no layer {layer}"),
+            });
         };
         let (path, file) = self.segments.get(found, entry.segment)?;
         let (mut decoder, mut stored) = self.decoder(&path)?;
@@ -102,14 +133,24 @@ impl Image {
         if idle.len() < MAX_IDLE_DECODERS {
             idle.push((decoder, stored));
         }
-        if good { Ok(()) } else { Err(LayerError::bad_content(&path, BlockIndex(entry.block))) }
+        if good {
+            Ok(())
+        } else {
+            Err(LayerError::bad_content(&path, BlockIndex(entry.block)))
+        }
     }
 
     fn decoder(&self, path: &str) -> Result<(Decoder, Vec<u8>), LayerError> {
-        if let Some(idle) = self.decoders.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+        if let Some(idle) = self
+            .decoders
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop()
+        {
             return Ok(idle);
         }
-        let new = Decoder::new().map_err(|error| LayerError::io("prepare decompression of", path, error))?;
+        let new = Decoder::new()
+            .map_err(|error| LayerError::io("prepare decompression of", path, error))?;
         Ok((new, Vec::new()))
     }
 }
@@ -129,10 +170,16 @@ struct OpenSegment {
 }
 
 impl SegmentCache {
-    fn get(&self, found: &LayerRef, number: u32) -> Result<(Arc<str>, Arc<dyn ReadFile>), LayerError> {
+    fn get(
+        &self,
+        found: &LayerRef,
+        number: u32,
+    ) -> Result<(Arc<str>, Arc<dyn ReadFile>), LayerError> {
         let sequence = found.manifest.sequence;
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = open.iter().position(|open| open.sequence == sequence && open.number == number);
+        let place = open
+            .iter()
+            .position(|open| open.sequence == sequence && open.number == number);
         let segment = match place {
             Some(place) => open.remove(place),
             None => open_segment(&self.inner, found, number)?,
@@ -146,7 +193,11 @@ impl SegmentCache {
 /// Opens a segment and makes sure that it is the one that the manifest names.
 fn open_segment(inner: &Inner, found: &LayerRef, number: u32) -> Result<OpenSegment, LayerError> {
     let missing = || LayerError::damaged("a manifest", format!("it names no segment {number}"));
-    let named = found.layer().segments.get(number as usize).ok_or_else(missing)?;
+    let named = found
+        .layer()
+        .segments
+        .get(number as usize)
+        .ok_or_else(missing)?;
     let path = inner.file_path(found, &named.file)?;
     let file = inner.fs.open(&path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => LayerError::damaged(&path, "the file is missing"),
@@ -161,14 +212,23 @@ fn open_segment(inner: &Inner, found: &LayerRef, number: u32) -> Result<OpenSegm
         volume: found.position as u32,
     };
     if SegmentHeader::decode(&path, &bytes)? != expected {
-        return Err(LayerError::damaged(&path, "it is another segment than the one that was committed"));
+        return Err(LayerError::damaged(
+            &path,
+            "it is another segment than the one that was committed",
+        ));
     }
-    Ok(OpenSegment { sequence: found.manifest.sequence, number, path: path.into(), file: file.into() })
+    Ok(OpenSegment {
+        sequence: found.manifest.sequence,
+        number,
+        path: path.into(),
+        file: file.into(),
+    })
 }
 
 fn read_at(file: &dyn ReadFile, path: &str, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
-    file.read_exact_at(offset, buf).map_err(|error| match error.kind() {
-        std::io::ErrorKind::UnexpectedEof => LayerError::damaged(path, "the file is cut short"),
-        _ => LayerError::io("read", path, error),
-    })
+    file.read_exact_at(offset, buf)
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => LayerError::damaged(path, "the file is cut short"),
+            _ => LayerError::io("read", path, error),
+        })
 }

@@ -57,7 +57,8 @@ pub struct LayerIndex {
 impl LayerIndex {
     /// Blocks of the volume.
     pub fn block_count(&self) -> u64 {
-        self.volume_bytes.div_ceil(u64::from(self.block_size.max(1)))
+        self.volume_bytes
+            .div_ceil(u64::from(self.block_size.max(1)))
     }
 
     /// Blocks that this layer says are zero.
@@ -67,8 +68,18 @@ impl LayerIndex {
 
     /// Every block of this layer with its hash in the state tree, ascending.
     pub fn state_changes(&self) -> impl Iterator<Item = (u64, Hash32)> + '_ {
-        let mut entries = self.entries.iter().map(|entry| (entry.block, entry.hash)).peekable();
-        let mut holes = self.holes.iter().cloned().flatten().map(|block| (block, Hash32::ZERO_BLOCK)).peekable();
+        let mut entries = self
+            .entries
+            .iter()
+            .map(|entry| (entry.block, entry.hash))
+            .peekable();
+        let mut holes = self
+            .holes
+            .iter()
+            .cloned()
+            .flatten()
+            .map(|block| (block, Hash32::ZERO_BLOCK))
+            .peekable();
         std::iter::from_fn(move || match (entries.peek(), holes.peek()) {
             (Some(entry), Some(hole)) if hole.0 < entry.0 => holes.next(),
             (Some(_), _) => entries.next(),
@@ -78,7 +89,8 @@ impl LayerIndex {
 
     /// The bytes of the index file.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let len = HEADER_LEN + self.entries.len() * ENTRY_LEN + self.holes.len() * HOLE_LEN + TRAILER_LEN;
+        let len =
+            HEADER_LEN + self.entries.len() * ENTRY_LEN + self.holes.len() * HOLE_LEN + TRAILER_LEN;
         let mut out = Vec::with_capacity(len);
         out.extend_from_slice(MAGIC);
         out.extend_from_slice(&VERSION.to_le_bytes());
@@ -109,7 +121,8 @@ impl LayerIndex {
             crc32c::crc32c(out.get(entries_at..holes_at).unwrap_or_default()),
             crc32c::crc32c(out.get(holes_at..).unwrap_or_default()),
         ];
-        sums.iter().for_each(|sum| out.extend_from_slice(&sum.to_le_bytes()));
+        sums.iter()
+            .for_each(|sum| out.extend_from_slice(&sum.to_le_bytes()));
         out
     }
 
@@ -133,7 +146,10 @@ impl LayerIndex {
         let version = fields.u16().ok_or_else(short)?;
         let flags = fields.u16().ok_or_else(short)?;
         if version != VERSION || flags != 0 {
-            return Err(LayerError::Unsupported { path: path.into(), what: format!("index version {version}") });
+            return Err(LayerError::Unsupported {
+                path: path.into(),
+                what: format!("index version {version}"),
+            });
         }
         let block_size = fields.u32().ok_or_else(short)?;
         let volume_bytes = fields.u64().ok_or_else(short)?;
@@ -146,8 +162,12 @@ impl LayerIndex {
         }
         // Lengths are compared before anything is allocated for them.
         let section = |count: u64, item: usize| usize::try_from(count).ok()?.checked_mul(item);
-        let entry_bytes = section(entry_count, ENTRY_LEN).and_then(|len| file.take(len)).ok_or_else(short)?;
-        let hole_bytes = section(hole_count, HOLE_LEN).and_then(|len| file.take(len)).ok_or_else(short)?;
+        let entry_bytes = section(entry_count, ENTRY_LEN)
+            .and_then(|len| file.take(len))
+            .ok_or_else(short)?;
+        let hole_bytes = section(hole_count, HOLE_LEN)
+            .and_then(|len| file.take(len))
+            .ok_or_else(short)?;
         let entries_sum = file.u32().ok_or_else(short)?;
         let holes_sum = file.u32().ok_or_else(short)?;
         if file.take(1).is_some() {
@@ -156,7 +176,14 @@ impl LayerIndex {
         if crc32c::crc32c(entry_bytes) != entries_sum || crc32c::crc32c(hole_bytes) != holes_sum {
             return Err(damaged("a checksum of the index is wrong"));
         }
-        let mut index = Self { attempt, volume, volume_bytes, block_size, entries: Vec::new(), holes: Vec::new() };
+        let mut index = Self {
+            attempt,
+            volume,
+            volume_bytes,
+            block_size,
+            entries: Vec::new(),
+            holes: Vec::new(),
+        };
         index.entries = entry_bytes
             .chunks_exact(ENTRY_LEN)
             .map(|bytes| decode_entry(bytes, block_size))
@@ -173,13 +200,22 @@ impl LayerIndex {
 
     /// Entries and holes ascend, stay inside the volume, and no block is in both.
     fn check_order(&self) -> Result<(), &'static str> {
-        let ascending = self.entries.windows(2).all(|pair| matches!(pair, [a, b] if a.block < b.block));
-        let apart = self.holes.windows(2).all(|pair| matches!(pair, [a, b] if a.end < b.start));
+        let ascending = self
+            .entries
+            .windows(2)
+            .all(|pair| matches!(pair, [a, b] if a.block < b.block));
+        let apart = self
+            .holes
+            .windows(2)
+            .all(|pair| matches!(pair, [a, b] if a.end < b.start));
         if !ascending || !apart {
             return Err("the index is not sorted");
         }
         let blocks = self.block_count();
-        if self.entries.last().is_some_and(|entry| entry.block >= blocks)
+        if self
+            .entries
+            .last()
+            .is_some_and(|entry| entry.block >= blocks)
             || self.holes.last().is_some_and(|run| run.end > blocks)
         {
             return Err("the index names blocks beyond the end of the volume");
@@ -292,8 +328,14 @@ mod tests {
 
     #[test]
     fn a_block_that_is_both_data_and_hole_is_refused_although_all_checksums_match() {
-        let entry =
-            Entry { block: 1, offset: 0, stored_len: 512, segment: 0, codec: Codec::Raw, hash: Hash32([1; 32]) };
+        let entry = Entry {
+            block: 1,
+            offset: 0,
+            stored_len: 512,
+            segment: 0,
+            codec: Codec::Raw,
+            hash: Hash32([1; 32]),
+        };
         let mut index = LayerIndex {
             attempt: Uuid::nil(),
             volume: 0,
@@ -303,9 +345,20 @@ mod tests {
             holes: vec![0..1, 2..8],
         };
         assert!(LayerIndex::decode("i", &index.encode()).is_ok());
-        for holes in [vec![0..2], vec![1..2], vec![0..1, 1..1], vec![2..9], vec![3..4, 2..3], vec![2..3, 3..4]] {
+        for holes in [
+            vec![0..2],
+            vec![1..2],
+            vec![0..1, 1..1],
+            vec![2..9],
+            vec![3..4, 2..3],
+            vec![2..3, 3..4],
+        ] {
             index.holes = holes;
-            assert!(LayerIndex::decode("i", &index.encode()).is_err(), "{:?}", index.holes);
+            assert!(
+                LayerIndex::decode("i", &index.encode()).is_err(),
+                "{:?}",
+                index.holes
+            );
         }
     }
 }

@@ -160,7 +160,9 @@ impl TryFrom<String> for LayerId {
         if text.len() == 16 && text.bytes().all(digit) {
             Ok(Self(text))
         } else {
-            Err(format!("{text:?} is not a layer id of 16 hexadecimal digits"))
+            Err(format!(
+                "{text:?} is not a layer id of 16 hexadecimal digits"
+            ))
         }
     }
 }
@@ -250,7 +252,8 @@ impl VolumeLayer {
 
     /// Blocks of the volume.
     pub fn block_count(&self) -> u64 {
-        self.volume_bytes.div_ceil(u64::from(self.block_size.max(1)))
+        self.volume_bytes
+            .div_ceil(u64::from(self.block_size.max(1)))
     }
 
     /// The root over this layer's representation, as its parts say.
@@ -351,8 +354,9 @@ pub struct VolumeAnchor {
 
 /// Writes the bytes of a manifest file; the layout is in docs/layer-format.md.
 pub(crate) fn encode(manifest: &GroupManifest) -> Result<Vec<u8>, LayerError> {
-    let body = serde_json::to_vec(manifest)
-        .map_err(|error| LayerError::BadRequest { what: format!("cannot write the manifest: {error}") })?;
+    let body = serde_json::to_vec(manifest).map_err(|error| LayerError::BadRequest {
+        what: format!("cannot write the manifest: {error}"),
+    })?;
     let mut bytes = Vec::with_capacity(HEADER_LEN + body.len() + 36);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -372,7 +376,9 @@ pub(crate) fn encode(manifest: &GroupManifest) -> Result<Vec<u8>, LayerError> {
 /// [`LayerError::Damaged`] or [`LayerError::Unsupported`]; arbitrary bytes never panic.
 pub(crate) fn decode(path: &str, bytes: &[u8]) -> Result<GroupManifest, LayerError> {
     let damaged = |what: &str| LayerError::damaged(path, what);
-    let (header, rest) = bytes.split_at_checked(HEADER_LEN).ok_or_else(|| damaged("the manifest is cut short"))?;
+    let (header, rest) = bytes
+        .split_at_checked(HEADER_LEN)
+        .ok_or_else(|| damaged("the manifest is cut short"))?;
     let mut header_fields = super::wire::Reader::new(header);
     if header_fields.take(8) != Some(MAGIC.as_slice()) {
         return Err(damaged("it does not begin like a manifest"));
@@ -381,22 +387,30 @@ pub(crate) fn decode(path: &str, bytes: &[u8]) -> Result<GroupManifest, LayerErr
     let flags = header_fields.u16().unwrap_or_default();
     let reserved = header_fields.u32().unwrap_or_default();
     let body_len = header_fields.u64().unwrap_or_default();
-    let body_len = usize::try_from(body_len).map_err(|_| damaged("the length of its body is impossible"))?;
-    let (body, rest) = rest.split_at_checked(body_len).ok_or_else(|| damaged("the manifest is cut short"))?;
-    let (hash, signature_len) = rest.split_at_checked(32).ok_or_else(|| damaged("the manifest is cut short"))?;
+    let body_len =
+        usize::try_from(body_len).map_err(|_| damaged("the length of its body is impossible"))?;
+    let (body, rest) = rest
+        .split_at_checked(body_len)
+        .ok_or_else(|| damaged("the manifest is cut short"))?;
+    let (hash, signature_len) = rest
+        .split_at_checked(32)
+        .ok_or_else(|| damaged("the manifest is cut short"))?;
     let covered = bytes.get(..HEADER_LEN + body_len).unwrap_or_default();
     if Domain::new(HASH_PURPOSE).hash(&[covered]).0.as_slice() != hash {
         return Err(damaged("the manifest does not have the hash it carries"));
     }
     // Only now: a flipped bit must be called damage, not a newer version.
     if version != VERSION || flags != 0 || reserved != 0 {
-        return Err(LayerError::Unsupported { path: path.to_owned(), what: format!("manifest version {version}") });
+        return Err(LayerError::Unsupported {
+            path: path.to_owned(),
+            what: format!("manifest version {version}"),
+        });
     }
     if signature_len != 0u32.to_le_bytes() {
         return Err(damaged("unknown bytes follow the manifest's hash"));
     }
-    let manifest: GroupManifest =
-        serde_json::from_slice(body).map_err(|error| damaged(&format!("its body cannot be read: {error}")))?;
+    let manifest: GroupManifest = serde_json::from_slice(body)
+        .map_err(|error| damaged(&format!("its body cannot be read: {error}")))?;
     check(path, &manifest)?;
     Ok(manifest)
 }
@@ -405,14 +419,22 @@ pub(crate) fn decode(path: &str, bytes: &[u8]) -> Result<GroupManifest, LayerErr
 fn check(path: &str, manifest: &GroupManifest) -> Result<(), LayerError> {
     let damaged = |what: String| Err(LayerError::damaged(path, what));
     if manifest.encryption.is_some() || !manifest.replaces.is_empty() {
-        return Err(LayerError::Unsupported { path: path.to_owned(), what: "a merged or encrypted form".into() });
+        return Err(LayerError::Unsupported {
+            path: path.to_owned(),
+            what: "a merged or encrypted form".into(),
+        });
     }
     if manifest.volumes.is_empty() {
         return damaged("it names no volume".into());
     }
     for (position, layer) in manifest.volumes.iter().enumerate() {
         let name = &layer.volume;
-        if manifest.volumes.iter().take(position).any(|other| &other.volume == name) {
+        if manifest
+            .volumes
+            .iter()
+            .take(position)
+            .any(|other| &other.volume == name)
+        {
             return damaged(format!("it names volume {name} twice"));
         }
         if !valid_geometry(layer.volume_bytes, layer.block_size) {
@@ -422,15 +444,27 @@ fn check(path: &str, manifest: &GroupManifest) -> Result<(), LayerError> {
             ));
         }
         if layer.parent.is_some() == (layer.kind == LayerKind::Baseline) {
-            return damaged(format!("the parent of the {} of {name} is wrong", layer.kind));
+            return damaged(format!(
+                "the parent of the {} of {name} is wrong",
+                layer.kind
+            ));
         }
-        if layer.parent.as_ref().is_some_and(|parent| parent.sequence >= manifest.sequence) {
-            return damaged(format!("the layer of {name} claims to be older than its parent"));
+        if layer
+            .parent
+            .as_ref()
+            .is_some_and(|parent| parent.sequence >= manifest.sequence)
+        {
+            return damaged(format!(
+                "the layer of {name} claims to be older than its parent"
+            ));
         }
         let files = layer.segments.iter().chain([&layer.index]);
         for file in files {
             if !valid_file_name(&file.file) {
-                return damaged(format!("{:?} cannot be the name of a layer's file", file.file));
+                return damaged(format!(
+                    "{:?} cannot be the name of a layer's file",
+                    file.file
+                ));
             }
         }
         if VolumeLayer::compute_delta_root(&layer.index, &layer.segments) != layer.delta_root {
@@ -456,11 +490,16 @@ mod epoch {
     use serde::{Deserialize, Deserializer, Serializer};
     use soe_common::Epoch;
 
-    pub(super) fn serialize<S: Serializer>(epoch: &Epoch, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(
+        epoch: &Epoch,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.serialize_u32(epoch.0)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Epoch, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Epoch, D::Error> {
         u32::deserialize(deserializer).map(Epoch)
     }
 }

@@ -39,10 +39,17 @@ impl Extent {
     /// The part of it from block `from` up to `to`, which lie inside.
     pub(crate) fn cut(&self, from: u64, to: u64) -> Self {
         let source = match self.source {
-            Source::Data { first_entry } => Source::Data { first_entry: first_entry + (from - self.start) as usize },
+            Source::Data { first_entry } => Source::Data {
+                first_entry: first_entry + (from - self.start) as usize,
+            },
             Source::Hole => Source::Hole,
         };
-        Self { start: from, count: to - from, layer: self.layer, source }
+        Self {
+            start: from,
+            count: to - from,
+            layer: self.layer,
+            source,
+        }
     }
 }
 
@@ -65,9 +72,15 @@ impl MergedIndex {
     /// some block.
     pub fn new(layers: Vec<LayerIndex>) -> Result<Self, LayerError> {
         let damaged = |what: String| LayerError::damaged("a chain", what);
-        let newest = layers.first().ok_or_else(|| damaged("it has no layers".into()))?;
-        let (volume_bytes, block_size, blocks) = (newest.volume_bytes, newest.block_size, newest.block_count());
-        if layers.iter().any(|layer| (layer.volume_bytes, layer.block_size) != (volume_bytes, block_size)) {
+        let newest = layers
+            .first()
+            .ok_or_else(|| damaged("it has no layers".into()))?;
+        let (volume_bytes, block_size, blocks) =
+            (newest.volume_bytes, newest.block_size, newest.block_count());
+        if layers
+            .iter()
+            .any(|layer| (layer.volume_bytes, layer.block_size) != (volume_bytes, block_size))
+        {
             return Err(damaged("its layers are of different sizes".into()));
         }
         let mut extents = Vec::new();
@@ -82,9 +95,16 @@ impl MergedIndex {
             covered = extent.end();
         }
         if covered != blocks {
-            return Err(damaged(format!("no layer of it says anything of block {covered}")));
+            return Err(damaged(format!(
+                "no layer of it says anything of block {covered}"
+            )));
         }
-        Ok(Self { volume_bytes, block_size, layers, extents })
+        Ok(Self {
+            volume_bytes,
+            block_size,
+            layers,
+            extents,
+        })
     }
 
     /// Bytes of the volume.
@@ -104,8 +124,13 @@ impl MergedIndex {
 
     /// The bytes of `block` in the volume.
     pub fn block_range(&self, block: u64) -> ByteRange {
-        let offset = block.saturating_mul(u64::from(self.block_size)).min(self.volume_bytes);
-        ByteRange::new(offset, u64::from(self.block_size).min(self.volume_bytes - offset))
+        let offset = block
+            .saturating_mul(u64::from(self.block_size))
+            .min(self.volume_bytes);
+        ByteRange::new(
+            offset,
+            u64::from(self.block_size).min(self.volume_bytes - offset),
+        )
     }
 
     /// The layers' indexes, newest first.
@@ -121,13 +146,19 @@ impl MergedIndex {
     /// The extent that `block` is in; `None` beyond the end.
     pub fn extent_of(&self, block: u64) -> Option<&Extent> {
         let after = self.extents.partition_point(|extent| extent.start <= block);
-        self.extents.get(after.checked_sub(1)?).filter(|extent| block < extent.end())
+        self.extents
+            .get(after.checked_sub(1)?)
+            .filter(|extent| block < extent.end())
     }
 
     /// The entry of the block at `nth` in `extent`; `None` for a hole.
     pub fn entry(&self, extent: &Extent, nth: u64) -> Option<&Entry> {
         match extent.source {
-            Source::Data { first_entry } => self.layers.get(extent.layer)?.entries.get(first_entry + nth as usize),
+            Source::Data { first_entry } => self
+                .layers
+                .get(extent.layer)?
+                .entries
+                .get(first_entry + nth as usize),
             Source::Hole => None,
         }
     }
@@ -140,24 +171,38 @@ impl MergedIndex {
 
     /// The ranges of the volume that hold data, ascending and merged.
     pub fn allocated(&self) -> Vec<ByteRange> {
-        let data = self.extents.iter().filter(|extent| extent.source != Source::Hole);
+        let data = self
+            .extents
+            .iter()
+            .filter(|extent| extent.source != Source::Hole);
         self.byte_ranges(data.map(|extent| extent.start..extent.end()))
     }
 
     /// The ranges whose content differs between `self` and `other`, ascending and merged. Both must
     /// have the same block size; what only one of them has differs.
     pub fn differences(&self, other: &MergedIndex) -> Vec<ByteRange> {
-        let larger = if self.volume_bytes >= other.volume_bytes { self } else { other };
+        let larger = if self.volume_bytes >= other.volume_bytes {
+            self
+        } else {
+            other
+        };
         let hash = |index: &MergedIndex, block: u64| match index.extent_of(block) {
             None => None,
-            Some(extent) => Some(index.entry(extent, block - extent.start).map(|entry| entry.hash)),
+            Some(extent) => Some(
+                index
+                    .entry(extent, block - extent.start)
+                    .map(|entry| entry.hash),
+            ),
         };
         let mut differing = super::runs::RunSet::default();
         let mut block = 0;
         while block < larger.block_count() {
             // Where both say "hole" they agree for as long as both extents last.
             let holes = [self, other].map(|index| {
-                index.extent_of(block).filter(|extent| extent.source == Source::Hole).map(Extent::end)
+                index
+                    .extent_of(block)
+                    .filter(|extent| extent.source == Source::Hole)
+                    .map(Extent::end)
             });
             if let [Some(mine), Some(theirs)] = holes {
                 block = mine.min(theirs);
@@ -192,7 +237,12 @@ fn extents_of(layer: &LayerIndex, place: usize) -> Vec<Extent> {
     for (first_entry, entry) in layer.entries.iter().enumerate() {
         match out.last_mut() {
             Some(last) if last.end() == entry.block => last.count += 1,
-            _ => out.push(Extent { start: entry.block, count: 1, layer: place, source: Source::Data { first_entry } }),
+            _ => out.push(Extent {
+                start: entry.block,
+                count: 1,
+                layer: place,
+                source: Source::Data { first_entry },
+            }),
         }
     }
     let holes = layer.holes.iter();
@@ -222,7 +272,9 @@ fn add_older(newer: Vec<Extent>, older: Vec<Extent>) -> Vec<Extent> {
                 out.push(next);
                 continue;
             }
-            let to = newer.peek().map_or(extent.end(), |next| next.start.min(extent.end()));
+            let to = newer
+                .peek()
+                .map_or(extent.end(), |next| next.start.min(extent.end()));
             // Blocks hidden by a newer extent pushed before this older one began.
             let hidden = out.last().map_or(0, Extent::end);
             from = from.max(hidden);
@@ -279,14 +331,28 @@ mod tests {
     fn letters(low: u8) -> impl Strategy<Value = Vec<u8>> {
         // Runs, so that extents form.
         proptest::collection::vec((low..6, 1usize..9), BLOCKS as usize).prop_map(|runs| {
-            runs.into_iter().flat_map(|(letter, len)| vec![letter; len]).take(BLOCKS as usize).collect()
+            runs.into_iter()
+                .flat_map(|(letter, len)| vec![letter; len])
+                .take(BLOCKS as usize)
+                .collect()
         })
     }
 
     /// The oracle: letter and layer of each block.
     fn newest_wins(layers: &[Vec<u8>]) -> Vec<(u8, usize)> {
-        let at = |block: usize| layers.iter().enumerate().find(|(_, layer)| layer[block] != 0);
-        (0..BLOCKS as usize).map(|block| at(block).map(|(place, layer)| (layer[block], place)).unwrap()).collect()
+        let at = |block: usize| {
+            layers
+                .iter()
+                .enumerate()
+                .find(|(_, layer)| layer[block] != 0)
+        };
+        (0..BLOCKS as usize)
+            .map(|block| {
+                at(block)
+                    .map(|(place, layer)| (layer[block], place))
+                    .unwrap()
+            })
+            .collect()
     }
 
     proptest! {
@@ -325,7 +391,10 @@ mod tests {
             let mut letters = vec![2; BLOCKS as usize];
             letters[missing] = 0;
             let error = MergedIndex::new(vec![layer(&letters)]).unwrap_err();
-            assert!(error.to_string().contains(&format!("block {missing}")), "{error}");
+            assert!(
+                error.to_string().contains(&format!("block {missing}")),
+                "{error}"
+            );
         }
     }
 }

@@ -48,8 +48,8 @@ pub use hash::{Hash32, is_zero};
 pub use image::Image;
 pub use index::{Entry, LayerIndex};
 pub use manifest::{
-    CutLevel, CutMethod, CutRecord, FileRef, GroupManifest, HeadAnchor, LayerId, LayerKind, ParentRef, VolumeAnchor,
-    VolumeCut, VolumeLayer,
+    CutLevel, CutMethod, CutRecord, FileRef, GroupManifest, HeadAnchor, LayerId, LayerKind,
+    ParentRef, VolumeAnchor, VolumeCut, VolumeLayer,
 };
 pub use merged::{Extent, MergedIndex, Source};
 pub use runs::RunSet;

@@ -50,7 +50,10 @@ impl RunSet {
 
     /// Whether `block` is in the set.
     pub fn contains(&self, block: u64) -> bool {
-        self.runs.range(..=block).next_back().is_some_and(|(_, &end)| block < end)
+        self.runs
+            .range(..=block)
+            .next_back()
+            .is_some_and(|(_, &end)| block < end)
     }
 
     /// The first block of `0..count` that is not in the set.

@@ -62,7 +62,10 @@ impl SegmentHeader {
         };
         let reserved = header.get(52..HEADER_LEN - 4).unwrap_or_default();
         if version != VERSION || flags != 0 || reserved.iter().any(|&byte| byte != 0) {
-            return Err(LayerError::Unsupported { path: path.into(), what: format!("segment version {version}") });
+            return Err(LayerError::Unsupported {
+                path: path.into(),
+                what: format!("segment version {version}"),
+            });
         }
         Ok(decoded)
     }
@@ -81,12 +84,24 @@ pub(crate) struct SegmentWriter {
 
 impl SegmentWriter {
     /// Creates segment `header.number` in `folder`.
-    pub(crate) fn create(fs: &dyn StoreFs, folder: &str, header: SegmentHeader) -> Result<Self, LayerError> {
+    pub(crate) fn create(
+        fs: &dyn StoreFs,
+        folder: &str,
+        header: SegmentHeader,
+    ) -> Result<Self, LayerError> {
         let name = format!("v{}-{}.segment", header.volume, header.number);
         let path = format!("{folder}/{name}");
-        let file = fs.create(&path).map_err(|error| LayerError::io("create", &path, error))?;
-        let mut writer =
-            Self { file, path, name, buffer: Vec::with_capacity(BUFFER_BYTES), hasher: blake3::Hasher::new(), len: 0 };
+        let file = fs
+            .create(&path)
+            .map_err(|error| LayerError::io("create", &path, error))?;
+        let mut writer = Self {
+            file,
+            path,
+            name,
+            buffer: Vec::with_capacity(BUFFER_BYTES),
+            hasher: blake3::Hasher::new(),
+            len: 0,
+        };
         writer.append(&header.encode())?;
         Ok(writer)
     }
@@ -112,7 +127,9 @@ impl SegmentWriter {
         if self.buffer.is_empty() {
             return Ok(());
         }
-        self.file.append(&self.buffer).map_err(|error| LayerError::io("write to", &self.path, error))?;
+        self.file
+            .append(&self.buffer)
+            .map_err(|error| LayerError::io("write to", &self.path, error))?;
         self.buffer.clear();
         Ok(())
     }
@@ -120,8 +137,14 @@ impl SegmentWriter {
     /// Makes the segment durable and says how the manifest is to name it.
     pub(crate) fn finish(mut self) -> Result<FileRef, LayerError> {
         self.flush()?;
-        self.file.sync().map_err(|error| LayerError::io("sync", &self.path, error))?;
-        Ok(FileRef { file: self.name, len: self.len, blake3: Hash32(*self.hasher.finalize().as_bytes()) })
+        self.file
+            .sync()
+            .map_err(|error| LayerError::io("sync", &self.path, error))?;
+        Ok(FileRef {
+            file: self.name,
+            len: self.len,
+            blake3: Hash32(*self.hasher.finalize().as_bytes()),
+        })
     }
 }
 

@@ -114,26 +114,44 @@ impl LayerStore {
         } else {
             Some(fs.lock().map_err(|error| match error.kind() {
                 std::io::ErrorKind::WouldBlock => LayerError::Busy {
-                    what: format!("{} is in use by another process; only one may write to it", fs.describe()),
+                    what: format!(
+                        "{} is in use by another process; only one may write to it",
+                        fs.describe()
+                    ),
                 },
                 _ => LayerError::io("lock", "", error),
             })?)
         };
         let folders = list(&*fs, "")?;
-        let folders = folders.iter().filter(|entry| entry.is_dir).map(|entry| entry.name.as_str());
+        let folders = folders
+            .iter()
+            .filter(|entry| entry.is_dir)
+            .map(|entry| entry.name.as_str());
         let groups: Vec<String> = folders.filter_map(catalog::group_of_folder).collect();
         let id = match read_header(&*fs)? {
             Some(id) => id,
             None if !groups.is_empty() => {
-                return Err(LayerError::damaged(HEADER_NAME, "it is missing although there are groups"));
+                return Err(LayerError::damaged(
+                    HEADER_NAME,
+                    "it is missing although there are groups",
+                ));
             }
             None if options.read_only => {
-                return Err(LayerError::NotFound { what: format!("layer store in {}", fs.describe()) });
+                return Err(LayerError::NotFound {
+                    what: format!("layer store in {}", fs.describe()),
+                });
             }
             None => create_header(&*fs, (options.new_uuid)())?,
         };
-        let store =
-            Self { inner: Arc::new(Inner { fs, options, id, _lock: lock, state: Mutex::new(State::default()) }) };
+        let store = Self {
+            inner: Arc::new(Inner {
+                fs,
+                options,
+                id,
+                _lock: lock,
+                state: Mutex::new(State::default()),
+            }),
+        };
         for group in groups {
             let loaded = store.inner.load_group(&group)?;
             store.inner.state().groups.insert(group, loaded);
@@ -159,13 +177,19 @@ impl LayerStore {
 
     /// Bytes that can still be written.
     pub fn free_space(&self) -> Result<u64, LayerError> {
-        self.inner.fs.free_space().map_err(|error| LayerError::io("ask for the free space of", "", error))
+        self.inner
+            .fs
+            .free_space()
+            .map_err(|error| LayerError::io("ask for the free space of", "", error))
     }
 
     /// Groups with at least one layer.
     pub fn groups(&self) -> Vec<String> {
         let state = self.inner.state();
-        let filled = state.groups.iter().filter(|(_, group)| !group.catalog.manifests.is_empty());
+        let filled = state
+            .groups
+            .iter()
+            .filter(|(_, group)| !group.catalog.manifests.is_empty());
         filled.map(|(name, _)| name.clone()).collect()
     }
 
@@ -176,26 +200,39 @@ impl LayerStore {
     /// [`LayerError::Damaged`] when there is a newer one that cannot be read.
     pub fn head(&self, group: &str) -> Result<Option<GroupManifest>, LayerError> {
         let head = self.with_catalog(group, |catalog| catalog.head())?;
-        Ok(head.flatten().map(|manifest| GroupManifest::clone(&manifest)))
+        Ok(head
+            .flatten()
+            .map(|manifest| GroupManifest::clone(&manifest)))
     }
 
     /// The newest layer of one volume, which is not in the head when the group's volumes changed.
     pub fn volume_head(&self, group: &str, volume: &str) -> Result<Option<LayerRef>, LayerError> {
-        Ok(self.with_catalog(group, |catalog| catalog.newest(volume, u64::MAX))?.flatten())
+        Ok(self
+            .with_catalog(group, |catalog| catalog.newest(volume, u64::MAX))?
+            .flatten())
     }
 
     /// The readable manifests of a group, oldest first.
     pub fn manifests(&self, group: &str) -> Result<Vec<Arc<GroupManifest>>, LayerError> {
-        let found = self.with_catalog(group, |catalog| Ok(catalog.readable().cloned().collect()))?;
-        found.ok_or_else(|| LayerError::NotFound { what: format!("group {group}") })
+        let found =
+            self.with_catalog(group, |catalog| Ok(catalog.readable().cloned().collect()))?;
+        found.ok_or_else(|| LayerError::NotFound {
+            what: format!("group {group}"),
+        })
     }
 
     /// The readable layers of a volume, oldest first.
     pub fn layers(&self, group: &str, volume: &str) -> Result<Vec<LayerRef>, LayerError> {
         let manifests = self.manifests(group)?;
         let refs = manifests.iter().filter_map(|manifest| {
-            let position = manifest.volumes.iter().position(|layer| layer.volume == volume)?;
-            Some(LayerRef { manifest: manifest.clone(), position })
+            let position = manifest
+                .volumes
+                .iter()
+                .position(|layer| layer.volume == volume)?;
+            Some(LayerRef {
+                manifest: manifest.clone(),
+                position,
+            })
         });
         Ok(refs.collect())
     }
@@ -207,13 +244,20 @@ impl LayerStore {
             for manifest in self.manifests(&group)? {
                 let positions = (0..manifest.volumes.len())
                     .filter(|&position| manifest.volumes[position].id.as_str().starts_with(id));
-                found.extend(positions.map(|position| LayerRef { manifest: manifest.clone(), position }));
+                found.extend(positions.map(|position| LayerRef {
+                    manifest: manifest.clone(),
+                    position,
+                }));
             }
         }
         match (found.pop(), found.is_empty()) {
             (Some(layer), true) if !id.is_empty() => Ok(layer),
-            (Some(_), _) => Err(LayerError::BadRequest { what: format!("more than one layer id begins with {id:?}") }),
-            (None, _) => Err(LayerError::NotFound { what: format!("layer {id:?}") }),
+            (Some(_), _) => Err(LayerError::BadRequest {
+                what: format!("more than one layer id begins with {id:?}"),
+            }),
+            (None, _) => Err(LayerError::NotFound {
+                what: format!("layer {id:?}"),
+            }),
         }
     }
 
@@ -227,7 +271,9 @@ impl LayerStore {
     pub fn begin(&self, group: &str, specs: Vec<LayerSpec>) -> Result<LayerAttempt, LayerError> {
         let inner = &self.inner;
         if inner.options.read_only {
-            return Err(LayerError::Busy { what: "it was opened for reading only".into() });
+            return Err(LayerError::Busy {
+                what: "it was opened for reading only".into(),
+            });
         }
         check_specs(&specs)?;
         let folder = catalog::group_folder(group)?;
@@ -236,10 +282,18 @@ impl LayerStore {
         inner.refresh_if_stale(group)?;
         let mut volumes = Vec::with_capacity(specs.len());
         for spec in specs {
-            let parent = if spec.kind == LayerKind::Baseline { None } else { Some(inner.parent(group, &spec)?) };
+            let parent = if spec.kind == LayerKind::Baseline {
+                None
+            } else {
+                Some(inner.parent(group, &spec)?)
+            };
             volumes.push((spec, parent));
         }
-        let sequence = inner.state().groups.get(group).map_or(1, |group| group.catalog.next_sequence());
+        let sequence = inner
+            .state()
+            .groups
+            .get(group)
+            .map_or(1, |group| group.catalog.next_sequence());
         match inner.fs.create_dir(&folder) {
             Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
                 return Err(LayerError::io("create", &folder, error));
@@ -247,7 +301,10 @@ impl LayerStore {
             _ => {}
         }
         // Also when the folder was there: an earlier attempt may have died before its sync.
-        inner.fs.sync_dir("").map_err(|error| LayerError::io("sync", "", error))?;
+        inner
+            .fs
+            .sync_dir("")
+            .map_err(|error| LayerError::io("sync", "", error))?;
         LayerAttempt::create(reservation, folder, sequence, volumes)
     }
 
@@ -282,7 +339,11 @@ impl LayerStore {
     ) -> Result<Option<T>, LayerError> {
         self.inner.refresh_if_stale(group)?;
         let state = self.inner.state();
-        state.groups.get(group).map(|group| look(&group.catalog)).transpose()
+        state
+            .groups
+            .get(group)
+            .map(|group| look(&group.catalog))
+            .transpose()
     }
 }
 
@@ -301,7 +362,12 @@ impl Inner {
     }
 
     fn refresh_if_stale(&self, group: &str) -> Result<(), LayerError> {
-        if self.state().groups.get(group).is_some_and(|group| group.stale) {
+        if self
+            .state()
+            .groups
+            .get(group)
+            .is_some_and(|group| group.stale)
+        {
             let loaded = self.load_group(group)?;
             self.state().groups.insert(group.to_owned(), loaded);
         }
@@ -313,9 +379,15 @@ impl Inner {
     fn load_group(&self, group: &str) -> Result<Group, LayerError> {
         let folder = catalog::group_folder(group)?;
         if !self.options.read_only {
-            self.fs.sync_dir(&folder).map_err(|error| LayerError::io("sync", &folder, error))?;
+            self.fs
+                .sync_dir(&folder)
+                .map_err(|error| LayerError::io("sync", &folder, error))?;
         }
-        Ok(Group { catalog: self.read_catalog(group)?, stale: false, trees: HashMap::new() })
+        Ok(Group {
+            catalog: self.read_catalog(group)?,
+            stale: false,
+            trees: HashMap::new(),
+        })
     }
 
     /// Reads the manifests of a group.
@@ -323,19 +395,29 @@ impl Inner {
         let folder = catalog::group_folder(group)?;
         let mut catalog = Catalog::new(group);
         for entry in list(&*self.fs, &folder)? {
-            let Some(sequence) = catalog::sequence_of_name(&entry.name) else { continue };
+            let Some(sequence) = catalog::sequence_of_name(&entry.name) else {
+                continue;
+            };
             let path = format!("{folder}/{}", entry.name);
             let listed = match self.read_manifest(&path, group, sequence) {
                 Ok(manifest) => Listed::Good(Arc::new(manifest)),
                 Err(LayerError::Damaged { path, what }) => Listed::Bad { path, what },
-                Err(error) => Listed::Bad { path, what: error.to_string() },
+                Err(error) => Listed::Bad {
+                    path,
+                    what: error.to_string(),
+                },
             };
             catalog.manifests.insert(sequence, listed);
         }
         Ok(catalog)
     }
 
-    fn read_manifest(&self, path: &str, group: &str, sequence: u64) -> Result<GroupManifest, LayerError> {
+    fn read_manifest(
+        &self,
+        path: &str,
+        group: &str,
+        sequence: u64,
+    ) -> Result<GroupManifest, LayerError> {
         let bytes = read_file(&*self.fs, path, MAX_MANIFEST_LEN)?;
         let manifest = manifest::decode(path, &bytes)?;
         if manifest.store != self.id || manifest.group != group || manifest.sequence != sequence {
@@ -354,7 +436,10 @@ impl Inner {
         let path = self.file_path(found, &layer.index.file)?;
         let bytes = read_file(&*self.fs, &path, layer.index.len)?;
         if bytes.len() as u64 != layer.index.len || Hash32::of(&bytes) != layer.index.blake3 {
-            return Err(LayerError::damaged(&path, "the index is not the one that was committed"));
+            return Err(LayerError::damaged(
+                &path,
+                "the index is not the one that was committed",
+            ));
         }
         let index = LayerIndex::decode(&path, &bytes)?;
         check_index(found, &index).map_err(|what| LayerError::damaged(&path, what))?;
@@ -364,7 +449,10 @@ impl Inner {
     /// The path of a layer's file.
     pub(super) fn file_path(&self, found: &LayerRef, file: &str) -> Result<String, LayerError> {
         let folder = catalog::group_folder(&found.manifest.group)?;
-        Ok(format!("{folder}/{}/{file}", catalog::attempt_name(found.manifest.attempt)))
+        Ok(format!(
+            "{folder}/{}/{file}",
+            catalog::attempt_name(found.manifest.attempt)
+        ))
     }
 
     /// What a differential or rescan of `spec` is built on.
@@ -374,7 +462,11 @@ impl Inner {
             volume: spec.volume.clone(),
             reason,
         };
-        let catalog = self.state().groups.get(group).map(|group| group.catalog.clone());
+        let catalog = self
+            .state()
+            .groups
+            .get(group)
+            .map(|group| group.catalog.clone());
         let catalog = catalog.unwrap_or_else(|| Catalog::new(group));
         let head = catalog
             .newest(&spec.volume, u64::MAX)?
@@ -394,13 +486,22 @@ impl Inner {
             )));
         }
         let (chain, sequence, state_root) = (layer.chain, head.manifest.sequence, layer.state_root);
-        Ok(Parent { chain, sequence, state_root, tree: self.tree(&catalog, head)? })
+        Ok(Parent {
+            chain,
+            sequence,
+            state_root,
+            tree: self.tree(&catalog, head)?,
+        })
     }
 
     /// The state tree of a volume's newest layer: kept since its commit, or built from the indexes.
     fn tree(&self, catalog: &Catalog, head: LayerRef) -> Result<Arc<StateTree>, LayerError> {
         let (volume, sequence) = (head.layer().volume.clone(), head.manifest.sequence);
-        let kept = self.state().groups.get(&catalog.group).and_then(|group| group.trees.get(&volume).cloned());
+        let kept = self
+            .state()
+            .groups
+            .get(&catalog.group)
+            .and_then(|group| group.trees.get(&volume).cloned());
         if let Some((_, tree)) = kept.filter(|(kept_sequence, _)| *kept_sequence == sequence) {
             return Ok(tree);
         }
@@ -410,7 +511,10 @@ impl Inner {
             apply(&mut tree, &self.read_index(found)?, found.layer().kind);
             if tree.root() != found.layer().state_root {
                 let path = self.file_path(found, &found.layer().index.file)?;
-                return Err(LayerError::damaged(&path, "the image it leads to does not have the state root promised"));
+                return Err(LayerError::damaged(
+                    &path,
+                    "the image it leads to does not have the state root promised",
+                ));
             }
         }
         let tree = Arc::new(tree);
@@ -421,17 +525,29 @@ impl Inner {
     }
 
     /// Makes a committed manifest known.
-    pub(super) fn publish(&self, manifest: GroupManifest, trees: Vec<Arc<StateTree>>) -> Arc<GroupManifest> {
+    pub(super) fn publish(
+        &self,
+        manifest: GroupManifest,
+        trees: Vec<Arc<StateTree>>,
+    ) -> Arc<GroupManifest> {
         let manifest = Arc::new(manifest);
         let mut state = self.state();
-        let group = state.groups.entry(manifest.group.clone()).or_insert_with(|| Group {
-            catalog: Catalog::new(&manifest.group),
-            stale: false,
-            trees: HashMap::new(),
-        });
-        group.catalog.manifests.insert(manifest.sequence, Listed::Good(manifest.clone()));
+        let group = state
+            .groups
+            .entry(manifest.group.clone())
+            .or_insert_with(|| Group {
+                catalog: Catalog::new(&manifest.group),
+                stale: false,
+                trees: HashMap::new(),
+            });
+        group
+            .catalog
+            .manifests
+            .insert(manifest.sequence, Listed::Good(manifest.clone()));
         for (layer, tree) in manifest.volumes.iter().zip(trees) {
-            group.trees.insert(layer.volume.clone(), (manifest.sequence, tree));
+            group
+                .trees
+                .insert(layer.volume.clone(), (manifest.sequence, tree));
         }
         manifest
     }
@@ -439,35 +555,56 @@ impl Inner {
     /// Has the group's folder read again before anything is said of it.
     pub(super) fn mark_stale(&self, group: &str) {
         let mut state = self.state();
-        let known = state.groups.entry(group.to_owned()).or_insert_with(|| Group {
-            catalog: Catalog::new(group),
-            stale: true,
-            trees: HashMap::new(),
-        });
+        let known = state
+            .groups
+            .entry(group.to_owned())
+            .or_insert_with(|| Group {
+                catalog: Catalog::new(group),
+                stale: true,
+                trees: HashMap::new(),
+            });
         known.stale = true;
     }
 
-    fn collect_group(&self, group: &str, folder: &str, collected: &mut Collected) -> Result<(), LayerError> {
+    fn collect_group(
+        &self,
+        group: &str,
+        folder: &str,
+        collected: &mut Collected,
+    ) -> Result<(), LayerError> {
         // First the listing, then what is live: an attempt that begins in between is not in it.
         let entries = list(&*self.fs, folder)?;
         let named: BTreeSet<Uuid> = {
             let state = self.state();
-            let Some(known) = state.groups.get(group).filter(|known| !known.stale && known.catalog.all_readable())
+            let Some(known) = state
+                .groups
+                .get(group)
+                .filter(|known| !known.stale && known.catalog.all_readable())
             else {
                 collected.groups_left_alone += u64::from(state.groups.contains_key(group));
                 return Ok(());
             };
-            known.catalog.readable().map(|manifest| manifest.attempt).chain(state.live.iter().copied()).collect()
+            known
+                .catalog
+                .readable()
+                .map(|manifest| manifest.attempt)
+                .chain(state.live.iter().copied())
+                .collect()
         };
         let garbage: Vec<_> = entries
             .iter()
-            .filter(|entry| catalog::attempt_of_name(&entry.name).is_some_and(|attempt| !named.contains(&attempt)))
+            .filter(|entry| {
+                catalog::attempt_of_name(&entry.name)
+                    .is_some_and(|attempt| !named.contains(&attempt))
+            })
             .collect();
         if garbage.is_empty() {
             return Ok(());
         }
         // A manifest that was taken back must not return after its files are gone.
-        self.fs.sync_dir(folder).map_err(|error| LayerError::io("sync", folder, error))?;
+        self.fs
+            .sync_dir(folder)
+            .map_err(|error| LayerError::io("sync", folder, error))?;
         for entry in garbage {
             let path = format!("{folder}/{}", entry.name);
             if entry.is_dir {
@@ -479,15 +616,23 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) fn remove_folder(&self, path: &str, collected: &mut Collected) -> Result<(), LayerError> {
+    pub(super) fn remove_folder(
+        &self,
+        path: &str,
+        collected: &mut Collected,
+    ) -> Result<(), LayerError> {
         for entry in list(&*self.fs, path)? {
             self.remove_file(&format!("{path}/{}", entry.name), collected)?;
         }
-        self.fs.remove_dir(path).map_err(|error| LayerError::io("remove", path, error))
+        self.fs
+            .remove_dir(path)
+            .map_err(|error| LayerError::io("remove", path, error))
     }
 
     fn remove_file(&self, path: &str, collected: &mut Collected) -> Result<(), LayerError> {
-        self.fs.remove_file(path).map_err(|error| LayerError::io("remove", path, error))?;
+        self.fs
+            .remove_file(path)
+            .map_err(|error| LayerError::io("remove", path, error))?;
         collected.files += 1;
         Ok(())
     }
@@ -505,10 +650,16 @@ impl Reservation {
         let attempt = (inner.options.new_uuid)();
         let mut state = inner.state();
         if !state.busy.insert(group.to_owned()) {
-            return Err(LayerError::Busy { what: format!("group {group} is being captured already") });
+            return Err(LayerError::Busy {
+                what: format!("group {group} is being captured already"),
+            });
         }
         state.live.insert(attempt);
-        Ok(Self { inner: inner.clone(), group: group.to_owned(), attempt })
+        Ok(Self {
+            inner: inner.clone(),
+            group: group.to_owned(),
+            attempt,
+        })
     }
 }
 
@@ -547,7 +698,11 @@ fn check_specs(specs: &[LayerSpec]) -> Result<(), LayerError> {
                 spec.volume, spec.volume_bytes, spec.block_size
             ));
         }
-        if specs.iter().take(position).any(|other| other.volume == spec.volume) {
+        if specs
+            .iter()
+            .take(position)
+            .any(|other| other.volume == spec.volume)
+        {
             return bad(format!("volume {} was given twice", spec.volume));
         }
     }
@@ -568,13 +723,19 @@ fn check_index(found: &LayerRef, index: &LayerIndex) -> Result<(), &'static str>
     let inside = index.entries.iter().all(|entry| {
         let segment = layer.segments.get(entry.segment as usize);
         let end = entry.offset.saturating_add(u64::from(entry.stored_len));
-        segment.is_some_and(|segment| entry.offset >= segment::HEADER_LEN as u64 && end <= segment.len)
+        segment
+            .is_some_and(|segment| entry.offset >= segment::HEADER_LEN as u64 && end <= segment.len)
     });
-    if inside { Ok(()) } else { Err("the index points outside of the layer's segments") }
+    if inside {
+        Ok(())
+    } else {
+        Err("the index points outside of the layer's segments")
+    }
 }
 
 fn list(fs: &dyn StoreFs, path: &str) -> Result<Vec<super::fs::DirEntry>, LayerError> {
-    fs.list(path).map_err(|error| LayerError::io("list", path, error))
+    fs.list(path)
+        .map_err(|error| LayerError::io("list", path, error))
 }
 
 /// Reads a whole file of at most `max_len` bytes; what is longer is damaged.
@@ -584,13 +745,21 @@ fn read_file(fs: &dyn StoreFs, path: &str, max_len: u64) -> Result<Vec<u8>, Laye
         std::io::ErrorKind::UnexpectedEof => LayerError::damaged(path, "the file is cut short"),
         _ => LayerError::io(call, path, error),
     };
-    let file = fs.open(path).map_err(|error| missing_or_io("open", error))?;
-    let len = file.len().map_err(|error| LayerError::io("measure", path, error))?;
+    let file = fs
+        .open(path)
+        .map_err(|error| missing_or_io("open", error))?;
+    let len = file
+        .len()
+        .map_err(|error| LayerError::io("measure", path, error))?;
     if len > max_len {
-        return Err(LayerError::damaged(path, format!("it has {len} bytes, more than the {max_len} it should have")));
+        return Err(LayerError::damaged(
+            path,
+            format!("it has {len} bytes, more than the {max_len} it should have"),
+        ));
     }
     let mut bytes = vec![0; len as usize];
-    file.read_exact_at(0, &mut bytes).map_err(|error| missing_or_io("read", error))?;
+    file.read_exact_at(0, &mut bytes)
+        .map_err(|error| missing_or_io("read", error))?;
     Ok(bytes)
 }
 
@@ -633,7 +802,8 @@ fn create_header(fs: &dyn StoreFs, id: Uuid) -> Result<Uuid, LayerError> {
     bytes.extend_from_slice(id.as_bytes());
     bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
     write_durably(fs, "", &catalog::temporary_name(id), HEADER_NAME, &bytes)?;
-    fs.sync_dir("").map_err(|error| LayerError::io("sync", "", error))?;
+    fs.sync_dir("")
+        .map_err(|error| LayerError::io("sync", "", error))?;
     Ok(id)
 }
 
@@ -646,10 +816,21 @@ pub(super) fn write_durably(
     name: &str,
     bytes: &[u8],
 ) -> Result<(), LayerError> {
-    let join = |name: &str| if folder.is_empty() { name.to_owned() } else { format!("{folder}/{name}") };
+    let join = |name: &str| {
+        if folder.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{folder}/{name}")
+        }
+    };
     let (temporary, name) = (join(temporary), join(name));
-    let mut file = fs.create(&temporary).map_err(|error| LayerError::io("create", &temporary, error))?;
-    file.append(bytes).map_err(|error| LayerError::io("write to", &temporary, error))?;
-    file.sync().map_err(|error| LayerError::io("sync", &temporary, error))?;
-    fs.rename_no_replace(&temporary, &name).map_err(|error| LayerError::io("rename to", &name, error))
+    let mut file = fs
+        .create(&temporary)
+        .map_err(|error| LayerError::io("create", &temporary, error))?;
+    file.append(bytes)
+        .map_err(|error| LayerError::io("write to", &temporary, error))?;
+    file.sync()
+        .map_err(|error| LayerError::io("sync", &temporary, error))?;
+    fs.rename_no_replace(&temporary, &name)
+        .map_err(|error| LayerError::io("rename to", &name, error))
 }

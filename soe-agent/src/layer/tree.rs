@@ -25,7 +25,10 @@ struct Level {
 impl Level {
     fn get(&self, index: u64) -> Hash32 {
         match self.chunks.get(&(index / CHUNK)) {
-            Some(chunk) => chunk.get((index % CHUNK) as usize).copied().unwrap_or(self.zero),
+            Some(chunk) => chunk
+                .get((index % CHUNK) as usize)
+                .copied()
+                .unwrap_or(self.zero),
             None => self.zero,
         }
     }
@@ -34,8 +37,10 @@ impl Level {
         if hash == self.zero && !self.chunks.contains_key(&(index / CHUNK)) {
             return;
         }
-        let chunk =
-            self.chunks.entry(index / CHUNK).or_insert_with(|| Arc::new([self.zero; CHUNK as usize]));
+        let chunk = self
+            .chunks
+            .entry(index / CHUNK)
+            .or_insert_with(|| Arc::new([self.zero; CHUNK as usize]));
         if let Some(slot) = Arc::make_mut(chunk).get_mut((index % CHUNK) as usize) {
             *slot = hash;
         }
@@ -55,13 +60,25 @@ impl StateTree {
     /// The tree of an image of zeroes. `volume_bytes` and `block_size` are at least 1.
     pub fn new(volume_bytes: u64, block_size: u32) -> Self {
         let blocks = volume_bytes.div_ceil(u64::from(block_size.max(1))).max(1);
-        let mut levels = vec![Level { len: blocks, zero: Hash32::ZERO_BLOCK, chunks: BTreeMap::new() }];
+        let mut levels = vec![Level {
+            len: blocks,
+            zero: Hash32::ZERO_BLOCK,
+            chunks: BTreeMap::new(),
+        }];
         while let Some(below) = levels.last().filter(|level| level.len > 1) {
             let len = below.len.div_ceil(FANOUT);
             let zero = node_hash(levels.len() as u8, &[below.zero; FANOUT as usize]);
-            levels.push(Level { len, zero, chunks: BTreeMap::new() });
+            levels.push(Level {
+                len,
+                zero,
+                chunks: BTreeMap::new(),
+            });
         }
-        let mut tree = Self { volume_bytes, block_size, levels };
+        let mut tree = Self {
+            volume_bytes,
+            block_size,
+            levels,
+        };
         // The last node of a level may have fewer children than a full one.
         tree.rehash_above(vec![blocks - 1]);
         tree
@@ -74,19 +91,26 @@ impl StateTree {
 
     /// The hash of a block; [`Hash32::ZERO_BLOCK`] for a zero one.
     pub fn block_hash(&self, block: u64) -> Hash32 {
-        self.levels.first().map_or(Hash32::ZERO_BLOCK, |leaves| leaves.get(block))
+        self.levels
+            .first()
+            .map_or(Hash32::ZERO_BLOCK, |leaves| leaves.get(block))
     }
 
     /// Sets the hashes of blocks and brings the tree up to date. `changes` are ascending; blocks
     /// beyond the image are ignored.
     pub fn update(&mut self, changes: impl IntoIterator<Item = (u64, Hash32)>) {
-        let Some(leaves) = self.levels.first_mut() else { return };
+        let Some(leaves) = self.levels.first_mut() else {
+            return;
+        };
         let mut touched: Vec<u64> = Vec::new();
         for (block, hash) in changes {
             if block < leaves.len && leaves.get(block) != hash {
                 leaves.set(block, hash);
                 // One entry for each parent is enough: it is what is hashed again.
-                if touched.last().is_none_or(|last| last / FANOUT != block / FANOUT) {
+                if touched
+                    .last()
+                    .is_none_or(|last| last / FANOUT != block / FANOUT)
+                {
                     touched.push(block);
                 }
             }
@@ -100,7 +124,9 @@ impl StateTree {
             touched.iter_mut().for_each(|index| *index /= FANOUT);
             touched.dedup();
             let (below, above) = self.levels.split_at_mut(height);
-            let (Some(below), Some(level)) = (below.last(), above.first_mut()) else { return };
+            let (Some(below), Some(level)) = (below.last(), above.first_mut()) else {
+                return;
+            };
             for &index in &touched {
                 let first = index * FANOUT;
                 let count = FANOUT.min(below.len.saturating_sub(first)) as usize;
@@ -108,7 +134,10 @@ impl StateTree {
                 for (child, at) in children.iter_mut().take(count).zip(first..) {
                     *child = below.get(at);
                 }
-                level.set(index, node_hash(height as u8, children.get(..count).unwrap_or_default()));
+                level.set(
+                    index,
+                    node_hash(height as u8, children.get(..count).unwrap_or_default()),
+                );
             }
         }
     }
@@ -116,12 +145,17 @@ impl StateTree {
     /// The root over the whole image, its size and its block size.
     pub fn root(&self) -> Hash32 {
         static DOMAIN: OnceLock<Domain> = OnceLock::new();
-        let top = self.levels.last().map_or(Hash32::ZERO_BLOCK, |level| level.get(0));
-        DOMAIN.get_or_init(|| Domain::new("soe layer state root 1")).hash(&[
-            &self.volume_bytes.to_le_bytes(),
-            &self.block_size.to_le_bytes(),
-            &top.0,
-        ])
+        let top = self
+            .levels
+            .last()
+            .map_or(Hash32::ZERO_BLOCK, |level| level.get(0));
+        DOMAIN
+            .get_or_init(|| Domain::new("soe layer state root 1"))
+            .hash(&[
+                &self.volume_bytes.to_le_bytes(),
+                &self.block_size.to_le_bytes(),
+                &top.0,
+            ])
     }
 }
 
@@ -134,7 +168,9 @@ fn node_hash(height: u8, children: &[Hash32]) -> Hash32 {
         slot.copy_from_slice(&child.0);
     }
     let used = bytes.get(..1 + 32 * children.len()).unwrap_or_default();
-    DOMAIN.get_or_init(|| Domain::new("soe layer state node 1")).hash(&[used])
+    DOMAIN
+        .get_or_init(|| Domain::new("soe layer state node 1"))
+        .hash(&[used])
 }
 
 #[cfg(test)]
@@ -169,7 +205,11 @@ mod tests {
     }
 
     fn leaf(seed: u8) -> Hash32 {
-        if seed == 0 { Hash32::ZERO_BLOCK } else { Hash32([seed; 32]) }
+        if seed == 0 {
+            Hash32::ZERO_BLOCK
+        } else {
+            Hash32([seed; 32])
+        }
     }
 
     proptest! {

@@ -60,7 +60,11 @@ impl LayerStore {
     /// # Errors
     /// [`LayerError::NotFound`] when there is no such group; an error of the file system that keeps
     /// the group from being listed at all.
-    pub fn verify(&self, group: &str, expected: Option<&HeadAnchor>) -> Result<VerifyReport, LayerError> {
+    pub fn verify(
+        &self,
+        group: &str,
+        expected: Option<&HeadAnchor>,
+    ) -> Result<VerifyReport, LayerError> {
         self.verify_with(group, expected, &mut |_| {})
     }
 
@@ -77,9 +81,16 @@ impl LayerStore {
         // What is on disk now, not what was read when the store was opened.
         let catalog = self.inner.read_catalog(group)?;
         if catalog.manifests.is_empty() && expected.is_none() {
-            return Err(LayerError::NotFound { what: format!("group {group}") });
+            return Err(LayerError::NotFound {
+                what: format!("group {group}"),
+            });
         }
-        let mut check = Check { inner: &self.inner, report: VerifyReport::default(), progress, trees: HashMap::new() };
+        let mut check = Check {
+            inner: &self.inner,
+            report: VerifyReport::default(),
+            progress,
+            trees: HashMap::new(),
+        };
         check.manifests(&catalog);
         check.expected_head(&catalog, expected);
         Ok(check.report)
@@ -96,19 +107,33 @@ struct Check<'a> {
 
 impl Check<'_> {
     fn damage(&mut self, sequence: Option<u64>, volume: Option<&str>, what: impl Into<String>) {
-        self.report.damages.push(Damage { sequence, volume: volume.map(str::to_owned), what: what.into() });
+        self.report.damages.push(Damage {
+            sequence,
+            volume: volume.map(str::to_owned),
+            what: what.into(),
+        });
     }
 
     fn manifests(&mut self, catalog: &Catalog) {
         for (&sequence, listed) in &catalog.manifests {
             match listed {
                 Listed::Bad { path, what } => {
-                    self.damage(Some(sequence), None, format!("manifest {path} is damaged: {what}"));
+                    self.damage(
+                        Some(sequence),
+                        None,
+                        format!("manifest {path} is damaged: {what}"),
+                    );
                 }
                 Listed::Good(manifest) => {
                     self.report.manifests += 1;
                     for position in 0..manifest.volumes.len() {
-                        self.layer(catalog, LayerRef { manifest: manifest.clone(), position });
+                        self.layer(
+                            catalog,
+                            LayerRef {
+                                manifest: manifest.clone(),
+                                position,
+                            },
+                        );
                     }
                 }
             }
@@ -145,12 +170,18 @@ impl Check<'_> {
         let key = (layer.volume.clone(), layer.chain);
         let mut tree = match &layer.parent {
             None => {
-                MergedIndex::new(vec![index.clone()]).map_err(|error| format!("the baseline is incomplete: {error}"))?;
+                MergedIndex::new(vec![index.clone()])
+                    .map_err(|error| format!("the baseline is incomplete: {error}"))?;
                 StateTree::new(layer.volume_bytes, layer.block_size)
             }
             Some(parent) => match self.trees.get(&key) {
                 Some((sequence, tree)) if *sequence == parent.sequence => tree.clone(),
-                _ => return Err(format!("its parent {} could not be checked", parent.sequence)),
+                _ => {
+                    return Err(format!(
+                        "its parent {} could not be checked",
+                        parent.sequence
+                    ));
+                }
             },
         };
         store::apply(&mut tree, index, layer.kind);
@@ -159,8 +190,14 @@ impl Check<'_> {
         if matches {
             return Ok(());
         }
-        let kind = if layer.kind == LayerKind::Baseline { "baseline" } else { "chain" };
-        Err(format!("the image its {kind} leads to does not have the state root promised"))
+        let kind = if layer.kind == LayerKind::Baseline {
+            "baseline"
+        } else {
+            "chain"
+        };
+        Err(format!(
+            "the image its {kind} leads to does not have the state root promised"
+        ))
     }
 
     /// Every byte of a segment is what was written, and every block of it what was captured.
@@ -171,25 +208,39 @@ impl Check<'_> {
         number: u32,
         entries: &[Entry],
     ) -> Result<(), LayerError> {
-        let Some(named) = found.layer().segments.get(number as usize) else { return Ok(()) };
+        let Some(named) = found.layer().segments.get(number as usize) else {
+            return Ok(());
+        };
         let path = self.inner.file_path(found, &named.file)?;
-        let file = self.inner.fs.open(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => LayerError::damaged(&path, "the file is missing"),
-            _ => LayerError::io("open", &path, error),
-        })?;
-        let len = file.len().map_err(|error| LayerError::io("measure", &path, error))?;
+        let file = self
+            .inner
+            .fs
+            .open(&path)
+            .map_err(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => LayerError::damaged(&path, "the file is missing"),
+                _ => LayerError::io("open", &path, error),
+            })?;
+        let len = file
+            .len()
+            .map_err(|error| LayerError::io("measure", &path, error))?;
         if len != named.len {
-            return Err(LayerError::damaged(&path, format!("it has {len} bytes instead of {}", named.len)));
+            return Err(LayerError::damaged(
+                &path,
+                format!("it has {len} bytes instead of {}", named.len),
+            ));
         }
         let read = |offset: u64, buf: &mut [u8]| {
-            file.read_exact_at(offset, buf).map_err(|error| LayerError::io("read", &path, error))
+            file.read_exact_at(offset, buf)
+                .map_err(|error| LayerError::io("read", &path, error))
         };
         let mut hasher = blake3::Hasher::new();
         let mut buf = vec![0; READ_BYTES];
         let mut offset = 0;
         while offset < len {
             let part = (len - offset).min(READ_BYTES as u64) as usize;
-            let Some(bytes) = buf.get_mut(..part) else { break };
+            let Some(bytes) = buf.get_mut(..part) else {
+                break;
+            };
             read(offset, bytes)?;
             hasher.update(bytes);
             offset += part as u64;
@@ -206,9 +257,13 @@ impl Check<'_> {
             volume: found.position as u32,
         };
         if SegmentHeader::decode(&path, &header)? != expected {
-            return Err(LayerError::damaged(&path, "it is another segment than the one that was committed"));
+            return Err(LayerError::damaged(
+                &path,
+                "it is another segment than the one that was committed",
+            ));
         }
-        let mut decoder = Decoder::new().map_err(|error| LayerError::io("prepare decompression of", &path, error))?;
+        let mut decoder = Decoder::new()
+            .map_err(|error| LayerError::io("prepare decompression of", &path, error))?;
         let mut bad_blocks = Vec::new();
         let block_size = u64::from(index.block_size);
         for entry in entries {
@@ -217,18 +272,23 @@ impl Check<'_> {
             let mut block = vec![0; block_len];
             read(entry.offset, &mut stored)?;
             self.report.blocks += 1;
-            if !decoder.decode(entry.codec, &stored, &mut block) || Hash32::of(&block) != entry.hash {
+            if !decoder.decode(entry.codec, &stored, &mut block) || Hash32::of(&block) != entry.hash
+            {
                 bad_blocks.push(entry.block);
             }
         }
         match (bad_blocks.first(), whole) {
             (None, true) => Ok(()),
-            (None, false) => {
-                Err(LayerError::damaged(&path, "its bytes have changed, although every block in it can still be read"))
-            }
+            (None, false) => Err(LayerError::damaged(
+                &path,
+                "its bytes have changed, although every block in it can still be read",
+            )),
             (Some(first), _) => Err(LayerError::damaged(
                 &path,
-                format!("{} blocks in it are lost, the first of them block {first}", bad_blocks.len()),
+                format!(
+                    "{} blocks in it are lost, the first of them block {first}",
+                    bad_blocks.len()
+                ),
             )),
         }
     }
@@ -236,24 +296,37 @@ impl Check<'_> {
     fn expected_head(&mut self, catalog: &Catalog, expected: Option<&HeadAnchor>) {
         let Some(expected) = expected else { return };
         if expected.group != catalog.group {
-            let what = format!("the expected head is of group {}, not of {}", expected.group, catalog.group);
+            let what = format!(
+                "the expected head is of group {}, not of {}",
+                expected.group, catalog.group
+            );
             return self.damage(None, None, what);
         }
-        let newest = catalog.manifests.last_key_value().map_or(0, |(sequence, _)| *sequence);
+        let newest = catalog
+            .manifests
+            .last_key_value()
+            .map_or(0, |(sequence, _)| *sequence);
         if newest < expected.sequence {
-            let what = format!("the newest layer is {newest}, but {} was committed: layers were dropped", expected.sequence);
+            let what = format!(
+                "the newest layer is {newest}, but {} was committed: layers were dropped",
+                expected.sequence
+            );
             self.damage(None, None, what);
         }
         let Some(Listed::Good(manifest)) = catalog.manifests.get(&expected.sequence) else {
             if newest >= expected.sequence {
-                self.damage(Some(expected.sequence), None, "the expected head is not in the store");
+                self.damage(
+                    Some(expected.sequence),
+                    None,
+                    "the expected head is not in the store",
+                );
             }
             return;
         };
         for anchor in &expected.volumes {
-            let same = manifest
-                .volume(&anchor.volume)
-                .is_some_and(|layer| layer.chain == anchor.chain && layer.state_root == anchor.state_root);
+            let same = manifest.volume(&anchor.volume).is_some_and(|layer| {
+                layer.chain == anchor.chain && layer.state_root == anchor.state_root
+            });
             if !same {
                 let what = "the layer in the store is not the one that the expected head names";
                 self.damage(Some(expected.sequence), Some(&anchor.volume), what);
@@ -265,10 +338,14 @@ impl Check<'_> {
 /// The entries of each of `count` segments in the order in which they lie there. A segment may have
 /// none, when all its blocks were put again later.
 fn by_segment(index: &LayerIndex, count: usize) -> BTreeMap<u32, Vec<Entry>> {
-    let mut segments: BTreeMap<u32, Vec<Entry>> = (0..count as u32).map(|number| (number, Vec::new())).collect();
+    let mut segments: BTreeMap<u32, Vec<Entry>> = (0..count as u32)
+        .map(|number| (number, Vec::new()))
+        .collect();
     for entry in &index.entries {
         segments.entry(entry.segment).or_default().push(*entry);
     }
-    segments.values_mut().for_each(|entries| entries.sort_by_key(|entry| entry.offset));
+    segments
+        .values_mut()
+        .for_each(|entries| entries.sort_by_key(|entry| entry.offset));
     segments
 }

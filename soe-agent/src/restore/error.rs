@@ -45,7 +45,9 @@ pub enum RestoreError {
         source: io::Error,
     },
     /// Progress was told to stop.
-    #[error("the restore was cancelled after {bytes_done} bytes; run it again with --differential to resume")]
+    #[error(
+        "the restore was cancelled after {bytes_done} bytes; run it again with --differential to resume"
+    )]
     Cancelled {
         /// Bytes of the volume that are in place.
         bytes_done: u64,

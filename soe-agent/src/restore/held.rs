@@ -59,16 +59,24 @@ pub fn device_in_use(number: (u32, u32)) -> io::Result<Option<HeldBy>> {
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default(); // absent without swap support
     for device in &devices {
         if let Some(at) = mounted_at(&mounts, device.number, &device.name) {
-            return Ok(Some(HeldBy::Mounted { device: device.name.clone(), at }));
+            return Ok(Some(HeldBy::Mounted {
+                device: device.name.clone(),
+                at,
+            }));
         }
         let is_swap = swap_paths(&swaps).iter().any(|path| {
             block_number(Path::new(path)).is_ok_and(|number| number == Some(device.number))
         });
         if is_swap {
-            return Ok(Some(HeldBy::Swap { device: device.name.clone() }));
+            return Ok(Some(HeldBy::Swap {
+                device: device.name.clone(),
+            }));
         }
         if let Some(holder) = first_name(&device.sysfs.join("holders"))? {
-            return Ok(Some(HeldBy::Holder { device: device.name.clone(), holder }));
+            return Ok(Some(HeldBy::Holder {
+                device: device.name.clone(),
+                holder,
+            }));
         }
     }
     Ok(None)
@@ -79,12 +87,17 @@ pub(crate) fn loop_over(file_device: u64, inode: u64) -> io::Result<Option<Strin
     use std::os::unix::fs::MetadataExt;
     for entry in fs::read_dir("/sys/block")? {
         let entry = entry?;
-        let Ok(backing) = fs::read_to_string(entry.path().join("loop/backing_file")) else { continue };
+        let Ok(backing) = fs::read_to_string(entry.path().join("loop/backing_file")) else {
+            continue;
+        };
         // The name may be stale; only the same device and inode is the same file.
         let same = fs::metadata(backing.trim_end_matches('\n'))
             .is_ok_and(|meta| (meta.dev(), meta.ino()) == (file_device, inode));
         if same {
-            return Ok(Some(format!("/dev/{}", entry.file_name().to_string_lossy())));
+            return Ok(Some(format!(
+                "/dev/{}",
+                entry.file_name().to_string_lossy()
+            )));
         }
     }
     Ok(None)
@@ -98,29 +111,47 @@ struct Device {
 
 fn device_and_partitions(number: DeviceNumber) -> io::Result<Vec<Device>> {
     let sysfs = fs::canonicalize(format!("/sys/dev/block/{}:{}", number.0, number.1))?;
-    let mut devices = vec![Device { name: device_name(&sysfs), number, sysfs: sysfs.clone() }];
+    let mut devices = vec![Device {
+        name: device_name(&sysfs),
+        number,
+        sysfs: sysfs.clone(),
+    }];
     for entry in fs::read_dir(&sysfs)? {
         let path = entry?.path();
         if path.join("partition").exists()
-            && let Some(number) = fs::read_to_string(path.join("dev")).ok().and_then(|text| parse_number(text.trim()))
+            && let Some(number) = fs::read_to_string(path.join("dev"))
+                .ok()
+                .and_then(|text| parse_number(text.trim()))
         {
-            devices.push(Device { name: device_name(&path), number, sysfs: path });
+            devices.push(Device {
+                name: device_name(&path),
+                number,
+                sysfs: path,
+            });
         }
     }
     Ok(devices)
 }
 
 fn device_name(sysfs: &Path) -> String {
-    format!("/dev/{}", sysfs.file_name().unwrap_or_default().to_string_lossy().replace('!', "/"))
+    format!(
+        "/dev/{}",
+        sysfs
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .replace('!', "/")
+    )
 }
 
 fn first_name(folder: &Path) -> io::Result<Option<String>> {
     match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
-        Ok(mut entries) => {
-            Ok(entries.next().transpose()?.map(|entry| format!("/dev/{}", entry.file_name().to_string_lossy())))
-        }
+        Ok(mut entries) => Ok(entries
+            .next()
+            .transpose()?
+            .map(|entry| format!("/dev/{}", entry.file_name().to_string_lossy()))),
     }
 }
 
@@ -128,7 +159,10 @@ fn first_name(folder: &Path) -> io::Result<Option<String>> {
 pub(crate) fn block_number(path: &Path) -> io::Result<Option<DeviceNumber>> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let meta = fs::metadata(path)?;
-    let number = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
+    let number = (
+        rustix::fs::major(meta.rdev()),
+        rustix::fs::minor(meta.rdev()),
+    );
     Ok(meta.file_type().is_block_device().then_some(number))
 }
 
@@ -148,7 +182,8 @@ fn mounted_at(mountinfo: &str, number: DeviceNumber, name: &str) -> Option<Strin
         let source = rest.split(' ').nth(1)?;
         let same_source = || {
             let source = unescape(source);
-            source == name || block_number(Path::new(&source)).is_ok_and(|source| source == Some(number))
+            source == name
+                || block_number(Path::new(&source)).is_ok_and(|source| source == Some(number))
         };
         (mounted == number || source.starts_with('/') && same_source()).then(|| unescape(at))
     })
@@ -156,7 +191,12 @@ fn mounted_at(mountinfo: &str, number: DeviceNumber, name: &str) -> Option<Strin
 
 /// The paths in `/proc/swaps`.
 fn swap_paths(swaps: &str) -> Vec<String> {
-    swaps.lines().skip(1).filter_map(|line| line.split([' ', '\t']).next()).map(unescape).collect()
+    swaps
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split([' ', '\t']).next())
+        .map(unescape)
+        .collect()
 }
 
 /// Undoes the octal escapes with which the kernel writes blanks in names.
@@ -164,7 +204,9 @@ fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, tail)) = rest.split_first() {
-        let octal = tail.get(..3).and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        let octal = tail
+            .get(..3)
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
         match octal.filter(|_| first == b'\\') {
             Some(byte) => {
                 bytes.push(byte);
@@ -193,8 +235,14 @@ rubbish
 
     #[test]
     fn mounts_are_found_by_number_and_by_source() {
-        assert_eq!(mounted_at(MOUNTINFO, (7, 3), "/dev/loop3"), Some("/mnt/with blank".into()));
-        assert_eq!(mounted_at(MOUNTINFO, (259, 1), "/dev/nowhere9"), Some("/mnt/btrfs".into()));
+        assert_eq!(
+            mounted_at(MOUNTINFO, (7, 3), "/dev/loop3"),
+            Some("/mnt/with blank".into())
+        );
+        assert_eq!(
+            mounted_at(MOUNTINFO, (259, 1), "/dev/nowhere9"),
+            Some("/mnt/btrfs".into())
+        );
         assert_eq!(mounted_at(MOUNTINFO, (7, 4), "/dev/loop4"), None);
         assert_eq!(mounted_at("", (7, 4), "/dev/loop4"), None);
     }
@@ -209,10 +257,15 @@ rubbish
     #[test]
     fn the_root_file_systems_device_is_in_use() {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let numbers = mounts.lines().filter_map(|line| parse_number(line.split(' ').nth(2)?));
+        let numbers = mounts
+            .lines()
+            .filter_map(|line| parse_number(line.split(' ').nth(2)?));
         for number in numbers.filter(|(major, _)| *major != 0) {
             let held = device_in_use(number).unwrap();
-            assert!(matches!(held, Some(HeldBy::Mounted { .. })), "{number:?} {held:?}");
+            assert!(
+                matches!(held, Some(HeldBy::Mounted { .. })),
+                "{number:?} {held:?}"
+            );
         }
     }
 }

@@ -95,7 +95,10 @@ pub fn restore(
         stats: RestoreStats::default(),
         block: vec![0; image.index().block_size() as usize],
         present: Vec::new(),
-        gathered: Gathered { offset: 0, bytes: Vec::with_capacity(WRITE_BYTES) },
+        gathered: Gathered {
+            offset: 0,
+            bytes: Vec::with_capacity(WRITE_BYTES),
+        },
     };
     for step in plan.steps() {
         match step.source {
@@ -103,7 +106,9 @@ pub fn restore(
             Source::Hole => job.hole(step)?,
         }
     }
-    target.sync().map_err(|source| job.target_error("sync", source))?;
+    target
+        .sync()
+        .map_err(|source| job.target_error("sync", source))?;
     Ok(job.stats)
 }
 
@@ -130,7 +135,9 @@ impl Job<'_> {
         let index = self.image.index();
         for nth in 0..step.count {
             let range = index.block_range(step.start + nth);
-            let Some(entry) = index.entry(step, nth) else { continue };
+            let Some(entry) = index.entry(step, nth) else {
+                continue;
+            };
             if self.mode == Mode::Differential && self.present_hash(range)? == entry.hash {
                 self.stats.bytes_unchanged += range.len;
             } else {
@@ -207,7 +214,9 @@ impl Job<'_> {
 
     fn flush(&mut self) -> Result<(), RestoreError> {
         if !self.gathered.bytes.is_empty() {
-            let written = self.target.write_at(self.gathered.offset, &self.gathered.bytes);
+            let written = self
+                .target
+                .write_at(self.gathered.offset, &self.gathered.bytes);
             written.map_err(|source| self.target_error("write to", source))?;
             self.gathered.bytes.clear();
         }
@@ -215,7 +224,9 @@ impl Job<'_> {
     }
 
     fn zero(&self, range: ByteRange) -> Result<(), RestoreError> {
-        self.target.zero_at(range).map_err(|source| self.target_error("write zeroes to", source))
+        self.target
+            .zero_at(range)
+            .map_err(|source| self.target_error("write zeroes to", source))
     }
 
     fn read_present(&mut self, range: ByteRange) -> Result<(), RestoreError> {
@@ -240,12 +251,18 @@ impl Job<'_> {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => {
                 self.flush()?;
-                Err(RestoreError::Cancelled { bytes_done: progress.bytes_done })
+                Err(RestoreError::Cancelled {
+                    bytes_done: progress.bytes_done,
+                })
             }
         }
     }
 
     fn target_error(&self, call: &'static str, source: std::io::Error) -> RestoreError {
-        RestoreError::Target { call, target: self.target.name().to_owned(), source }
+        RestoreError::Target {
+            call,
+            target: self.target.name().to_owned(),
+            source,
+        }
     }
 }

@@ -48,9 +48,14 @@ pub fn plan(index: &MergedIndex, hot: &[ByteRange]) -> Plan {
     }
     let order = |(layer, mut steps): (usize, Vec<(usize, Step)>)| {
         steps.sort_by_key(|(rank, step)| (*rank, step.start));
-        LayerSteps { layer, steps: steps.into_iter().map(|(_, step)| step).collect() }
+        LayerSteps {
+            layer,
+            steps: steps.into_iter().map(|(_, step)| step).collect(),
+        }
     };
-    Plan { layers: layers.into_iter().map(order).collect() }
+    Plan {
+        layers: layers.into_iter().map(order).collect(),
+    }
 }
 
 /// Disjoint runs of blocks with their rank, ascending by block. A block in several ranges has the
@@ -61,10 +66,17 @@ fn hot_runs(index: &MergedIndex, hot: &[ByteRange]) -> Vec<(u64, u64, usize)> {
     let mut runs = Vec::new();
     for (rank, range) in hot.iter().enumerate().filter(|(_, range)| range.len > 0) {
         let first = range.offset / block_size;
-        let end = range.offset.saturating_add(range.len).div_ceil(block_size).min(index.block_count());
+        let end = range
+            .offset
+            .saturating_add(range.len)
+            .div_ceil(block_size)
+            .min(index.block_count());
         let mut from = first;
         // What a hotter range has taken is cut out.
-        for run in taken.iter().filter(|run| run.end > first && run.start < end) {
+        for run in taken
+            .iter()
+            .filter(|run| run.end > first && run.start < end)
+        {
             if from < run.start {
                 runs.push((from, run.start, rank));
             }
@@ -87,7 +99,11 @@ fn split(extent: &Extent, hot: &[(u64, u64, usize)]) -> Vec<(usize, Step)> {
     let mut parts = Vec::new();
     let mut from = extent.start;
     let first = hot.partition_point(|(_, end, _)| *end <= extent.start);
-    for &(start, end, rank) in hot.iter().skip(first).take_while(|(start, ..)| *start < extent.end()) {
+    for &(start, end, rank) in hot
+        .iter()
+        .skip(first)
+        .take_while(|(start, ..)| *start < extent.end())
+    {
         if from < start {
             parts.push((COLD, extent.cut(from, start)));
         }

@@ -20,14 +20,21 @@ fn read(fs: &dyn StoreFs, path: &str) -> Vec<u8> {
 fn names(fs: &dyn StoreFs, path: &str) -> Vec<(String, bool)> {
     let listed = fs.list(path).unwrap();
     let ours = listed.into_iter().filter(|entry| entry.name != "lock");
-    ours.map(|DirEntry { name, is_dir }| (name, is_dir)).collect()
+    ours.map(|DirEntry { name, is_dir }| (name, is_dir))
+        .collect()
 }
 
 fn conforms(fs: &dyn StoreFs) {
     assert!(names(fs, "").is_empty());
     fs.create_dir("d").unwrap();
-    assert_eq!(fs.create_dir("d").unwrap_err().kind(), ErrorKind::AlreadyExists);
-    assert_eq!(fs.create_dir("x/d").unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(
+        fs.create_dir("d").unwrap_err().kind(),
+        ErrorKind::AlreadyExists
+    );
+    assert_eq!(
+        fs.create_dir("x/d").unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
 
     // Appended bytes are seen at once, also before a sync, also by a reader opened earlier.
     let mut file = fs.create("d/a").unwrap();
@@ -41,35 +48,60 @@ fn conforms(fs: &dyn StoreFs) {
     let mut part = [0; 5];
     reader.read_exact_at(6, &mut part).unwrap();
     assert_eq!(&part, b"world");
-    assert_eq!(reader.read_exact_at(7, &mut part).unwrap_err().kind(), ErrorKind::UnexpectedEof);
-    assert_eq!(reader.read_exact_at(1 << 40, &mut part).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    assert_eq!(
+        reader.read_exact_at(7, &mut part).unwrap_err().kind(),
+        ErrorKind::UnexpectedEof
+    );
+    assert_eq!(
+        reader.read_exact_at(1 << 40, &mut part).unwrap_err().kind(),
+        ErrorKind::UnexpectedEof
+    );
 
     // Names: never replaced, neither by creating nor by renaming.
-    assert_eq!(fs.create("d/a").err().unwrap().kind(), ErrorKind::AlreadyExists);
+    assert_eq!(
+        fs.create("d/a").err().unwrap().kind(),
+        ErrorKind::AlreadyExists
+    );
     assert_eq!(fs.open("d/b").err().unwrap().kind(), ErrorKind::NotFound);
     write(fs, "d/b", b"other");
-    assert_eq!(fs.rename_no_replace("d/b", "d/a").unwrap_err().kind(), ErrorKind::AlreadyExists);
+    assert_eq!(
+        fs.rename_no_replace("d/b", "d/a").unwrap_err().kind(),
+        ErrorKind::AlreadyExists
+    );
     assert_eq!(read(fs, "d/a"), b"hello world");
-    assert_eq!(fs.rename_no_replace("d/missing", "d/c").unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(
+        fs.rename_no_replace("d/missing", "d/c").unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
     fs.rename_no_replace("d/b", "d/c").unwrap();
     assert_eq!(read(fs, "d/c"), b"other");
     fs.create_dir("d/e").unwrap();
-    let expected = [("a", false), ("c", false), ("e", true)].map(|(name, is_dir)| (name.to_owned(), is_dir));
+    let expected =
+        [("a", false), ("c", false), ("e", true)].map(|(name, is_dir)| (name.to_owned(), is_dir));
     assert_eq!(names(fs, "d"), expected);
     assert_eq!(names(fs, ""), [("d".to_owned(), true)]);
     fs.sync_dir("d").unwrap();
     fs.sync_dir("").unwrap();
-    assert_eq!(fs.sync_dir("nowhere").unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(
+        fs.sync_dir("nowhere").unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
     assert_eq!(fs.list("nowhere").unwrap_err().kind(), ErrorKind::NotFound);
 
     // Removal: files and empty folders; what is open stays readable.
     let open = fs.open("d/c").unwrap();
     fs.remove_file("d/c").unwrap();
-    assert_eq!(fs.remove_file("d/c").unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(
+        fs.remove_file("d/c").unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
     let mut bytes = [0; 5];
     open.read_exact_at(0, &mut bytes).unwrap();
     assert_eq!(&bytes, b"other");
-    assert_eq!(fs.remove_dir("d").unwrap_err().kind(), ErrorKind::DirectoryNotEmpty);
+    assert_eq!(
+        fs.remove_dir("d").unwrap_err().kind(),
+        ErrorKind::DirectoryNotEmpty
+    );
     fs.remove_dir("d/e").unwrap();
     fs.remove_file("d/a").unwrap();
     fs.remove_dir("d").unwrap();
@@ -119,7 +151,10 @@ fn the_simulated_disk_forgets_what_was_not_synced_and_nothing_else() {
             Ok(_) => torn += 1,
         }
     }
-    assert!(lost_name > 50 && torn > 50 && kept > 0, "{lost_name} {torn} {kept}");
+    assert!(
+        lost_name > 50 && torn > 50 && kept > 0,
+        "{lost_name} {torn} {kept}"
+    );
 }
 
 #[test]

@@ -26,16 +26,26 @@ impl DirFs {
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
-        Ok(Self { root, path: path.to_owned() })
+        Ok(Self {
+            root,
+            path: path.to_owned(),
+        })
     }
 
     /// Opens a folder, creating it and those above it when missing. Only the owner may enter a
     /// folder made here: layers hold whatever the volumes hold.
     pub fn create(path: &Path) -> io::Result<Self> {
         use std::os::unix::fs::DirBuilderExt;
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)?;
         // The new names must be as durable as what will be stored below them.
-        for parent in path.ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty()) {
+        for parent in path
+            .ancestors()
+            .skip(1)
+            .filter(|parent| !parent.as_os_str().is_empty())
+        {
             let synced = File::open(parent).and_then(|dir| dir.sync_all());
             if synced.is_err() {
                 break; // A folder above that we may not open existed before.
@@ -126,7 +136,9 @@ impl StoreFs for DirFs {
         let mut entries = Vec::new();
         for entry in Dir::read_from(fd.as_fd())? {
             let entry = entry?;
-            let Ok(name) = entry.file_name().to_str() else { continue }; // not one of ours
+            let Ok(name) = entry.file_name().to_str() else {
+                continue;
+            }; // not one of ours
             if name == "." || name == ".." {
                 continue;
             }
@@ -137,7 +149,10 @@ impl StoreFs for DirFs {
                 }
                 kind => kind == FileType::Directory,
             };
-            entries.push(DirEntry { name: name.to_owned(), is_dir });
+            entries.push(DirEntry {
+                name: name.to_owned(),
+                is_dir,
+            });
         }
         entries.sort();
         Ok(entries)

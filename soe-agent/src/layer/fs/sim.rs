@@ -101,9 +101,19 @@ impl SimFs {
 
     fn from_inodes(inodes: BTreeMap<u64, Inode>, next_inode: u64, seed: u64) -> Self {
         let rng = SmallRng::seed_from_u64(seed);
-        let disk =
-            Disk { inodes, next_inode, ops: 0, fault: None, dead: false, full: false, locked: false, rng };
-        Self { disk: Arc::new(Mutex::new(disk)) }
+        let disk = Disk {
+            inodes,
+            next_inode,
+            ops: 0,
+            fault: None,
+            dead: false,
+            full: false,
+            locked: false,
+            rng,
+        };
+        Self {
+            disk: Arc::new(Mutex::new(disk)),
+        }
     }
 
     /// Operations so far that changed something or made something durable.
@@ -161,9 +171,15 @@ impl SimFs {
         let mut out = Vec::new();
         let mut folders = vec![(String::new(), ROOT)];
         while let Some((path, inode)) = folders.pop() {
-            let Some(Inode::Dir(dir)) = disk.inodes.get(&inode) else { continue };
+            let Some(Inode::Dir(dir)) = disk.inodes.get(&inode) else {
+                continue;
+            };
             for (name, child) in &dir.seen {
-                let path = if path.is_empty() { name.clone() } else { format!("{path}/{name}") };
+                let path = if path.is_empty() {
+                    name.clone()
+                } else {
+                    format!("{path}/{name}")
+                };
                 match disk.inodes.get(child) {
                     Some(Inode::Dir(_)) => folders.push((path, *child)),
                     _ => out.push(path),
@@ -177,8 +193,12 @@ impl SimFs {
     /// Changes the bytes of a file behind everybody's back. False when there is no such file.
     pub fn tamper(&self, path: &str, change: impl FnOnce(&mut Vec<u8>)) -> bool {
         let mut disk = self.disk();
-        let Ok(inode) = disk.lookup(path) else { return false };
-        let Some(Inode::File(file)) = disk.inodes.get_mut(&inode) else { return false };
+        let Ok(inode) = disk.lookup(path) else {
+            return false;
+        };
+        let Some(Inode::File(file)) = disk.inodes.get_mut(&inode) else {
+            return false;
+        };
         change(&mut file.seen);
         file.durable = file.seen.len();
         true
@@ -244,7 +264,11 @@ impl Disk {
     }
 
     fn alive(&self) -> io::Result<()> {
-        if self.dead { Err(io::Error::other("the power is off")) } else { Ok(()) }
+        if self.dead {
+            Err(io::Error::other("the power is off"))
+        } else {
+            Ok(())
+        }
     }
 
     fn dir(&mut self, inode: u64) -> io::Result<&mut DirNode> {
@@ -286,7 +310,8 @@ impl Disk {
         if !matches!(gate, Gate::CutAfter(false)) {
             self.next_inode += 1;
             self.inodes.insert(inode, node);
-            self.dir(folder)?.change(vec![(name.to_owned(), Some(inode))]);
+            self.dir(folder)?
+                .change(vec![(name.to_owned(), Some(inode))]);
         }
         self.alive()?;
         Ok(inode)
@@ -316,7 +341,9 @@ impl AppendFile for SimFile {
                 // A failed write may have written a part.
                 if !disk.dead {
                     let part = disk.rng.random_range(0..=data.len());
-                    disk.file(self.inode)?.seen.extend_from_slice(data.get(..part).unwrap_or_default());
+                    disk.file(self.inode)?
+                        .seen
+                        .extend_from_slice(data.get(..part).unwrap_or_default());
                 }
                 return Err(error);
             }
@@ -358,7 +385,9 @@ impl ReadFile for SimFile {
         let mut disk = self.fs.disk();
         disk.alive()?;
         let file = disk.file(self.inode)?;
-        let bytes = usize::try_from(offset).ok().and_then(|start| file.seen.get(start..)?.get(..buf.len()));
+        let bytes = usize::try_from(offset)
+            .ok()
+            .and_then(|start| file.seen.get(start..)?.get(..buf.len()));
         buf.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
     }
@@ -380,8 +409,13 @@ impl StoreFs for SimFs {
     }
 
     fn create(&self, path: &str) -> io::Result<Box<dyn AppendFile>> {
-        let inode = self.disk().link_new(path, Inode::File(FileNode::default()))?;
-        Ok(Box::new(SimFile { fs: self.clone(), inode }))
+        let inode = self
+            .disk()
+            .link_new(path, Inode::File(FileNode::default()))?;
+        Ok(Box::new(SimFile {
+            fs: self.clone(),
+            inode,
+        }))
     }
 
     fn open(&self, path: &str) -> io::Result<Box<dyn ReadFile>> {
@@ -389,11 +423,16 @@ impl StoreFs for SimFs {
         disk.alive()?;
         let inode = disk.lookup(path)?;
         disk.file(inode)?;
-        Ok(Box::new(SimFile { fs: self.clone(), inode }))
+        Ok(Box::new(SimFile {
+            fs: self.clone(),
+            inode,
+        }))
     }
 
     fn create_dir(&self, path: &str) -> io::Result<()> {
-        self.disk().link_new(path, Inode::Dir(DirNode::default())).map(drop)
+        self.disk()
+            .link_new(path, Inode::Dir(DirNode::default()))
+            .map(drop)
     }
 
     fn sync_dir(&self, path: &str) -> io::Result<()> {
@@ -412,7 +451,11 @@ impl StoreFs for SimFs {
         let mut disk = self.disk();
         let (from_dir, from_name) = disk.split(from)?;
         let (to_dir, to_name) = disk.split(to)?;
-        let inode = *disk.dir(from_dir)?.seen.get(from_name).ok_or_else(not_found)?;
+        let inode = *disk
+            .dir(from_dir)?
+            .seen
+            .get(from_name)
+            .ok_or_else(not_found)?;
         if disk.dir(to_dir)?.seen.contains_key(to_name) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -420,7 +463,10 @@ impl StoreFs for SimFs {
             return Err(io::ErrorKind::CrossesDevices.into()); // never needed by the store
         }
         if !matches!(disk.gate(true)?, Gate::CutAfter(false)) {
-            disk.dir(from_dir)?.change(vec![(from_name.to_owned(), None), (to_name.to_owned(), Some(inode))]);
+            disk.dir(from_dir)?.change(vec![
+                (from_name.to_owned(), None),
+                (to_name.to_owned(), Some(inode)),
+            ]);
         }
         disk.alive()
     }
@@ -431,7 +477,13 @@ impl StoreFs for SimFs {
         let inode = disk.lookup(path)?;
         let names = disk.dir(inode)?.seen.clone();
         let is_dir = |inode: &u64| matches!(disk.inodes.get(inode), Some(Inode::Dir(_)));
-        Ok(names.iter().map(|(name, inode)| DirEntry { name: name.clone(), is_dir: is_dir(inode) }).collect())
+        Ok(names
+            .iter()
+            .map(|(name, inode)| DirEntry {
+                name: name.clone(),
+                is_dir: is_dir(inode),
+            })
+            .collect())
     }
 
     fn remove_file(&self, path: &str) -> io::Result<()> {
