@@ -9,12 +9,14 @@ use uuid::Uuid;
 use super::catalog;
 use super::codec::Encoder;
 use super::error::LayerError;
+use super::files;
 use super::hash::Hash32;
 use super::index::{Entry, LayerIndex};
+use super::inner::{self, Parent, Reservation};
 use super::manifest::{self, CutRecord, FileRef, GroupManifest, LayerKind, ParentRef, VolumeLayer};
 use super::runs::RunSet;
 use super::segment::{SegmentHeader, SegmentWriter};
-use super::store::{self, Collected, LayerSpec, Parent, Reservation};
+use super::store::{Collected, LayerSpec};
 use super::tree::StateTree;
 
 /// What became of a block that was put.
@@ -245,7 +247,7 @@ impl LayerAttempt {
         let temporary = catalog::temporary_name(self.reservation.attempt);
         let name = catalog::manifest_name(self.sequence);
         if let Err(error) =
-            store::write_durably(&*inner.fs, &self.group_folder, &temporary, &name, &bytes)
+            files::write_durably(&*inner.fs, &self.group_folder, &temporary, &name, &bytes)
         {
             let _ = inner
                 .fs
@@ -283,14 +285,14 @@ impl LayerAttempt {
                 Some(parent) => StateTree::clone(&parent.tree),
                 None => StateTree::new(spec.volume_bytes, spec.block_size),
             };
-            store::apply(&mut tree, &index, spec.kind);
+            inner::apply(&mut tree, &index, spec.kind);
             let stored = segments
                 .iter()
                 .chain([&index_ref])
                 .map(|file| file.len)
                 .sum();
             layers.push(VolumeLayer {
-                id: store::new_layer_id(options),
+                id: inner::new_layer_id(options),
                 volume: spec.volume,
                 device_id: spec.device_id,
                 volume_bytes: spec.volume_bytes,

@@ -10,9 +10,10 @@ use super::error::LayerError;
 use super::fs::ReadFile;
 use super::hash::Hash32;
 use super::index::{Entry, LayerIndex};
+use super::inner::Inner;
 use super::merged::MergedIndex;
 use super::segment::SegmentHeader;
-use super::store::{Inner, LayerStore};
+use super::store::LayerStore;
 
 /// Files kept open by an image, so that a long chain cannot use up the process' descriptors.
 const MAX_OPEN_SEGMENTS: usize = 64;

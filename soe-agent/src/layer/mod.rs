@@ -27,6 +27,10 @@ mod tree;
 
 mod catalog;
 
+mod files;
+
+mod inner;
+
 mod store;
 
 mod attempt;

@@ -1,26 +1,17 @@
 //! The store: opens a folder, knows its groups, begins attempts, collects garbage.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use uuid::Uuid;
 
 use super::attempt::LayerAttempt;
-use super::catalog::{self, Catalog, LayerRef, Listed};
+use super::catalog::{self, Catalog, LayerRef};
 use super::codec::Compression;
 use super::error::LayerError;
-use super::fs::{StoreFs, StoreLock};
-use super::hash::Hash32;
-use super::index::LayerIndex;
-use super::manifest::{self, GroupManifest, LayerId, LayerKind, MAX_MANIFEST_LEN, VolumeLayer};
-use super::segment;
-use super::tree::StateTree;
-use super::wire::Reader;
-
-const HEADER_NAME: &str = "store";
-const HEADER_MAGIC: &[u8; 8] = b"SOESTOR\0";
-const HEADER_VERSION: u16 = 1;
-const HEADER_LEN: usize = 36;
+use super::files;
+use super::fs::StoreFs;
+use super::inner::{Inner, Reservation};
+use super::manifest::{self, GroupManifest, LayerKind};
 
 /// How a store is opened.
 #[derive(Clone)]
@@ -76,31 +67,6 @@ pub struct LayerStore {
     pub(super) inner: Arc<Inner>,
 }
 
-pub(super) struct Inner {
-    pub(super) fs: Arc<dyn StoreFs>,
-    pub(super) options: StoreOptions,
-    pub(super) id: Uuid,
-    _lock: Option<Box<dyn StoreLock>>,
-    state: Mutex<State>,
-}
-
-#[derive(Default)]
-pub(super) struct State {
-    groups: BTreeMap<String, Group>,
-    /// Attempts whose files no manifest names yet.
-    live: BTreeSet<Uuid>,
-    /// Groups with a live attempt.
-    busy: BTreeSet<String>,
-}
-
-struct Group {
-    catalog: Catalog,
-    /// A commit ended without an answer: the folder has to be read again.
-    stale: bool,
-    /// The state tree of each volume's newest layer, with its sequence number.
-    trees: HashMap<String, (u64, Arc<StateTree>)>,
-}
-
 impl LayerStore {
     /// Opens the store in `fs`, or begins one in an empty folder. What a crash left behind is
     /// collected.
@@ -122,17 +88,17 @@ impl LayerStore {
                 _ => LayerError::io("lock", "", error),
             })?)
         };
-        let folders = list(&*fs, "")?;
+        let folders = files::list(&*fs, "")?;
         let folders = folders
             .iter()
             .filter(|entry| entry.is_dir)
             .map(|entry| entry.name.as_str());
         let groups: Vec<String> = folders.filter_map(catalog::group_of_folder).collect();
-        let id = match read_header(&*fs)? {
+        let id = match files::read_header(&*fs)? {
             Some(id) => id,
             None if !groups.is_empty() => {
                 return Err(LayerError::damaged(
-                    HEADER_NAME,
+                    "store",
                     "it is missing although there are groups",
                 ));
             }
@@ -141,20 +107,13 @@ impl LayerStore {
                     what: format!("layer store in {}", fs.describe()),
                 });
             }
-            None => create_header(&*fs, (options.new_uuid)())?,
+            None => files::create_header(&*fs, (options.new_uuid)())?,
         };
         let store = Self {
-            inner: Arc::new(Inner {
-                fs,
-                options,
-                id,
-                _lock: lock,
-                state: Mutex::new(State::default()),
-            }),
+            inner: Arc::new(Inner::new(fs, options, id, lock)),
         };
         for group in groups {
-            let loaded = store.inner.load_group(&group)?;
-            store.inner.state().groups.insert(group, loaded);
+            store.inner.load_group(&group)?;
         }
         if !store.inner.options.read_only
             && let Err(error) = store.collect_garbage()
@@ -313,7 +272,7 @@ impl LayerStore {
     pub fn collect_garbage(&self) -> Result<Collected, LayerError> {
         let inner = &self.inner;
         let mut collected = Collected::default();
-        let root = list(&*inner.fs, "")?;
+        let root = files::list(&*inner.fs, "")?;
         for entry in &root {
             if let Some(group) = catalog::group_of_folder(&entry.name).filter(|_| entry.is_dir) {
                 inner.collect_group(&group, &entry.name, &mut collected)?;
@@ -326,9 +285,7 @@ impl LayerStore {
 
     /// Reads a group's folder again; what another process has committed becomes visible.
     pub fn refresh(&self, group: &str) -> Result<(), LayerError> {
-        let loaded = self.inner.load_group(group)?;
-        self.inner.state().groups.insert(group.to_owned(), loaded);
-        Ok(())
+        self.inner.load_group(group)
     }
 
     /// Runs `look` on a group's catalog; `None` when there is no such group.
@@ -345,345 +302,6 @@ impl LayerStore {
             .map(|group| look(&group.catalog))
             .transpose()
     }
-}
-
-/// What a layer is built on.
-pub(super) struct Parent {
-    pub(super) chain: Uuid,
-    pub(super) sequence: u64,
-    pub(super) state_root: Hash32,
-    pub(super) tree: Arc<StateTree>,
-}
-
-impl Inner {
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        // Every change of the state is one statement: a panic elsewhere cannot leave half of one.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn refresh_if_stale(&self, group: &str) -> Result<(), LayerError> {
-        if self
-            .state()
-            .groups
-            .get(group)
-            .is_some_and(|group| group.stale)
-        {
-            let loaded = self.load_group(group)?;
-            self.state().groups.insert(group.to_owned(), loaded);
-        }
-        Ok(())
-    }
-
-    /// Reads a group. The folder is synced first: what is seen afterwards is as durable as what a
-    /// commit has reported.
-    fn load_group(&self, group: &str) -> Result<Group, LayerError> {
-        let folder = catalog::group_folder(group)?;
-        if !self.options.read_only {
-            self.fs
-                .sync_dir(&folder)
-                .map_err(|error| LayerError::io("sync", &folder, error))?;
-        }
-        Ok(Group {
-            catalog: self.read_catalog(group)?,
-            stale: false,
-            trees: HashMap::new(),
-        })
-    }
-
-    /// Reads the manifests of a group.
-    pub(super) fn read_catalog(&self, group: &str) -> Result<Catalog, LayerError> {
-        let folder = catalog::group_folder(group)?;
-        let mut catalog = Catalog::new(group);
-        for entry in list(&*self.fs, &folder)? {
-            let Some(sequence) = catalog::sequence_of_name(&entry.name) else {
-                continue;
-            };
-            let path = format!("{folder}/{}", entry.name);
-            let listed = match self.read_manifest(&path, group, sequence) {
-                Ok(manifest) => Listed::Good(Arc::new(manifest)),
-                Err(LayerError::Damaged { path, what }) => Listed::Bad { path, what },
-                Err(error) => Listed::Bad {
-                    path,
-                    what: error.to_string(),
-                },
-            };
-            catalog.manifests.insert(sequence, listed);
-        }
-        Ok(catalog)
-    }
-
-    fn read_manifest(
-        &self,
-        path: &str,
-        group: &str,
-        sequence: u64,
-    ) -> Result<GroupManifest, LayerError> {
-        let bytes = read_file(&*self.fs, path, MAX_MANIFEST_LEN)?;
-        let manifest = manifest::decode(path, &bytes)?;
-        if manifest.store != self.id || manifest.group != group || manifest.sequence != sequence {
-            let what = format!(
-                "it belongs to number {} of group {} in store {}",
-                manifest.sequence, manifest.group, manifest.store
-            );
-            return Err(LayerError::damaged(path, what));
-        }
-        Ok(manifest)
-    }
-
-    /// The index of a layer, checked against the manifest that names it.
-    pub(super) fn read_index(&self, found: &LayerRef) -> Result<LayerIndex, LayerError> {
-        let layer = found.layer();
-        let path = self.file_path(found, &layer.index.file)?;
-        let bytes = read_file(&*self.fs, &path, layer.index.len)?;
-        if bytes.len() as u64 != layer.index.len || Hash32::of(&bytes) != layer.index.blake3 {
-            return Err(LayerError::damaged(
-                &path,
-                "the index is not the one that was committed",
-            ));
-        }
-        let index = LayerIndex::decode(&path, &bytes)?;
-        check_index(found, &index).map_err(|what| LayerError::damaged(&path, what))?;
-        Ok(index)
-    }
-
-    /// The path of a layer's file.
-    pub(super) fn file_path(&self, found: &LayerRef, file: &str) -> Result<String, LayerError> {
-        let folder = catalog::group_folder(&found.manifest.group)?;
-        Ok(format!(
-            "{folder}/{}/{file}",
-            catalog::attempt_name(found.manifest.attempt)
-        ))
-    }
-
-    /// What a differential or rescan of `spec` is built on.
-    fn parent(&self, group: &str, spec: &LayerSpec) -> Result<Parent, LayerError> {
-        let needs_baseline = |reason: String| LayerError::NeedsBaseline {
-            group: group.to_owned(),
-            volume: spec.volume.clone(),
-            reason,
-        };
-        let catalog = self
-            .state()
-            .groups
-            .get(group)
-            .map(|group| group.catalog.clone());
-        let catalog = catalog.unwrap_or_else(|| Catalog::new(group));
-        let head = catalog
-            .newest(&spec.volume, u64::MAX)?
-            .ok_or_else(|| needs_baseline("it has no baseline yet".into()))?;
-        let layer = head.layer();
-        if (layer.volume_bytes, layer.block_size) != (spec.volume_bytes, spec.block_size) {
-            return Err(needs_baseline(format!(
-                "it has {} bytes in blocks of {}, its last layer {} in blocks of {}",
-                spec.volume_bytes, spec.block_size, layer.volume_bytes, layer.block_size
-            )));
-        }
-        // A rescan compares every block, so it may well be another device.
-        if spec.kind == LayerKind::Differential && layer.device_id != spec.device_id {
-            return Err(needs_baseline(format!(
-                "the device is {}, its last layer is of {}",
-                spec.device_id, layer.device_id
-            )));
-        }
-        let (chain, sequence, state_root) = (layer.chain, head.manifest.sequence, layer.state_root);
-        Ok(Parent {
-            chain,
-            sequence,
-            state_root,
-            tree: self.tree(&catalog, head)?,
-        })
-    }
-
-    /// The state tree of a volume's newest layer: kept since its commit, or built from the indexes.
-    fn tree(&self, catalog: &Catalog, head: LayerRef) -> Result<Arc<StateTree>, LayerError> {
-        let (volume, sequence) = (head.layer().volume.clone(), head.manifest.sequence);
-        let kept = self
-            .state()
-            .groups
-            .get(&catalog.group)
-            .and_then(|group| group.trees.get(&volume).cloned());
-        if let Some((_, tree)) = kept.filter(|(kept_sequence, _)| *kept_sequence == sequence) {
-            return Ok(tree);
-        }
-        let layer = head.layer();
-        let mut tree = StateTree::new(layer.volume_bytes, layer.block_size);
-        for found in catalog.chain(head)?.iter().rev() {
-            apply(&mut tree, &self.read_index(found)?, found.layer().kind);
-            if tree.root() != found.layer().state_root {
-                let path = self.file_path(found, &found.layer().index.file)?;
-                return Err(LayerError::damaged(
-                    &path,
-                    "the image it leads to does not have the state root promised",
-                ));
-            }
-        }
-        let tree = Arc::new(tree);
-        if let Some(group) = self.state().groups.get_mut(&catalog.group) {
-            group.trees.insert(volume, (sequence, tree.clone()));
-        }
-        Ok(tree)
-    }
-
-    /// Makes a committed manifest known.
-    pub(super) fn publish(
-        &self,
-        manifest: GroupManifest,
-        trees: Vec<Arc<StateTree>>,
-    ) -> Arc<GroupManifest> {
-        let manifest = Arc::new(manifest);
-        let mut state = self.state();
-        let group = state
-            .groups
-            .entry(manifest.group.clone())
-            .or_insert_with(|| Group {
-                catalog: Catalog::new(&manifest.group),
-                stale: false,
-                trees: HashMap::new(),
-            });
-        group
-            .catalog
-            .manifests
-            .insert(manifest.sequence, Listed::Good(manifest.clone()));
-        for (layer, tree) in manifest.volumes.iter().zip(trees) {
-            group
-                .trees
-                .insert(layer.volume.clone(), (manifest.sequence, tree));
-        }
-        manifest
-    }
-
-    /// Has the group's folder read again before anything is said of it.
-    pub(super) fn mark_stale(&self, group: &str) {
-        let mut state = self.state();
-        let known = state
-            .groups
-            .entry(group.to_owned())
-            .or_insert_with(|| Group {
-                catalog: Catalog::new(group),
-                stale: true,
-                trees: HashMap::new(),
-            });
-        known.stale = true;
-    }
-
-    fn collect_group(
-        &self,
-        group: &str,
-        folder: &str,
-        collected: &mut Collected,
-    ) -> Result<(), LayerError> {
-        // First the listing, then what is live: an attempt that begins in between is not in it.
-        let entries = list(&*self.fs, folder)?;
-        let named: BTreeSet<Uuid> = {
-            let state = self.state();
-            let Some(known) = state
-                .groups
-                .get(group)
-                .filter(|known| !known.stale && known.catalog.all_readable())
-            else {
-                collected.groups_left_alone += u64::from(state.groups.contains_key(group));
-                return Ok(());
-            };
-            known
-                .catalog
-                .readable()
-                .map(|manifest| manifest.attempt)
-                .chain(state.live.iter().copied())
-                .collect()
-        };
-        let garbage: Vec<_> = entries
-            .iter()
-            .filter(|entry| {
-                catalog::attempt_of_name(&entry.name)
-                    .is_some_and(|attempt| !named.contains(&attempt))
-            })
-            .collect();
-        if garbage.is_empty() {
-            return Ok(());
-        }
-        // A manifest that was taken back must not return after its files are gone.
-        self.fs
-            .sync_dir(folder)
-            .map_err(|error| LayerError::io("sync", folder, error))?;
-        for entry in garbage {
-            let path = format!("{folder}/{}", entry.name);
-            if entry.is_dir {
-                self.remove_folder(&path, collected)?;
-            } else {
-                self.remove_file(&path, collected)?;
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn remove_folder(
-        &self,
-        path: &str,
-        collected: &mut Collected,
-    ) -> Result<(), LayerError> {
-        for entry in list(&*self.fs, path)? {
-            self.remove_file(&format!("{path}/{}", entry.name), collected)?;
-        }
-        self.fs
-            .remove_dir(path)
-            .map_err(|error| LayerError::io("remove", path, error))
-    }
-
-    fn remove_file(&self, path: &str, collected: &mut Collected) -> Result<(), LayerError> {
-        self.fs
-            .remove_file(path)
-            .map_err(|error| LayerError::io("remove", path, error))?;
-        collected.files += 1;
-        Ok(())
-    }
-}
-
-/// A group held for one attempt, and the attempt's files kept from the garbage collection.
-pub(super) struct Reservation {
-    pub(super) inner: Arc<Inner>,
-    pub(super) group: String,
-    pub(super) attempt: Uuid,
-}
-
-impl Reservation {
-    fn take(inner: &Arc<Inner>, group: &str) -> Result<Self, LayerError> {
-        let attempt = (inner.options.new_uuid)();
-        let mut state = inner.state();
-        if !state.busy.insert(group.to_owned()) {
-            return Err(LayerError::Busy {
-                what: format!("group {group} is being captured already"),
-            });
-        }
-        state.live.insert(attempt);
-        Ok(Self {
-            inner: inner.clone(),
-            group: group.to_owned(),
-            attempt,
-        })
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        let mut state = self.inner.state();
-        state.busy.remove(&self.group);
-        state.live.remove(&self.attempt);
-    }
-}
-
-/// Applies a layer to the tree of its parent.
-pub(super) fn apply(tree: &mut StateTree, index: &LayerIndex, kind: LayerKind) {
-    if kind == LayerKind::Baseline {
-        // A baseline's holes are zero in the fresh tree already, and may be most of the volume.
-        tree.update(index.entries.iter().map(|entry| (entry.block, entry.hash)));
-    } else {
-        tree.update(index.state_changes());
-    }
-}
-
-/// A random layer identity.
-pub(super) fn new_layer_id(options: &StoreOptions) -> LayerId {
-    LayerId::from_uuid((options.new_uuid)())
 }
 
 fn check_specs(specs: &[LayerSpec]) -> Result<(), LayerError> {
@@ -707,130 +325,4 @@ fn check_specs(specs: &[LayerSpec]) -> Result<(), LayerError> {
         }
     }
     Ok(())
-}
-
-/// An index must agree with the manifest that names it.
-fn check_index(found: &LayerRef, index: &LayerIndex) -> Result<(), &'static str> {
-    let layer: &VolumeLayer = found.layer();
-    let same = index.attempt == found.manifest.attempt
-        && index.volume as usize == found.position
-        && (index.volume_bytes, index.block_size) == (layer.volume_bytes, layer.block_size)
-        && index.entries.len() as u64 == layer.data_blocks
-        && index.hole_blocks() == layer.hole_blocks;
-    if !same {
-        return Err("the index contradicts its manifest");
-    }
-    let inside = index.entries.iter().all(|entry| {
-        let segment = layer.segments.get(entry.segment as usize);
-        let end = entry.offset.saturating_add(u64::from(entry.stored_len));
-        segment
-            .is_some_and(|segment| entry.offset >= segment::HEADER_LEN as u64 && end <= segment.len)
-    });
-    if inside {
-        Ok(())
-    } else {
-        Err("the index points outside of the layer's segments")
-    }
-}
-
-fn list(fs: &dyn StoreFs, path: &str) -> Result<Vec<super::fs::DirEntry>, LayerError> {
-    fs.list(path)
-        .map_err(|error| LayerError::io("list", path, error))
-}
-
-/// Reads a whole file of at most `max_len` bytes; what is longer is damaged.
-fn read_file(fs: &dyn StoreFs, path: &str, max_len: u64) -> Result<Vec<u8>, LayerError> {
-    let missing_or_io = |call, error: std::io::Error| match error.kind() {
-        std::io::ErrorKind::NotFound => LayerError::damaged(path, "the file is missing"),
-        std::io::ErrorKind::UnexpectedEof => LayerError::damaged(path, "the file is cut short"),
-        _ => LayerError::io(call, path, error),
-    };
-    let file = fs
-        .open(path)
-        .map_err(|error| missing_or_io("open", error))?;
-    let len = file
-        .len()
-        .map_err(|error| LayerError::io("measure", path, error))?;
-    if len > max_len {
-        return Err(LayerError::damaged(
-            path,
-            format!("it has {len} bytes, more than the {max_len} it should have"),
-        ));
-    }
-    let mut bytes = vec![0; len as usize];
-    file.read_exact_at(0, &mut bytes)
-        .map_err(|error| missing_or_io("read", error))?;
-    Ok(bytes)
-}
-
-/// The identity in the store's header; `None` when there is no header.
-fn read_header(fs: &dyn StoreFs) -> Result<Option<Uuid>, LayerError> {
-    match fs.open(HEADER_NAME) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(LayerError::io("open", HEADER_NAME, error)),
-        Ok(_) => {}
-    }
-    let bytes = read_file(fs, HEADER_NAME, HEADER_LEN as u64)?;
-    decode_header(&bytes).map(Some)
-}
-
-pub(super) fn decode_header(bytes: &[u8]) -> Result<Uuid, LayerError> {
-    let damaged = || LayerError::damaged(HEADER_NAME, "it is not the header of a layer store");
-    let (covered, sum) = bytes.split_last_chunk::<4>().ok_or_else(damaged)?;
-    if bytes.len() != HEADER_LEN || crc32c::crc32c(covered).to_le_bytes() != *sum {
-        return Err(damaged());
-    }
-    let mut fields = Reader::new(covered);
-    if fields.take(8) != Some(HEADER_MAGIC.as_slice()) {
-        return Err(damaged());
-    }
-    let (version, flags, reserved) = (fields.u16(), fields.u16(), fields.u32());
-    if (version, flags, reserved) != (Some(HEADER_VERSION), Some(0), Some(0)) {
-        return Err(LayerError::Unsupported {
-            path: HEADER_NAME.into(),
-            what: format!("store version {}", version.unwrap_or_default()),
-        });
-    }
-    fields.uuid().ok_or_else(damaged)
-}
-
-fn create_header(fs: &dyn StoreFs, id: Uuid) -> Result<Uuid, LayerError> {
-    let mut bytes = Vec::with_capacity(HEADER_LEN);
-    bytes.extend_from_slice(HEADER_MAGIC);
-    bytes.extend_from_slice(&HEADER_VERSION.to_le_bytes());
-    bytes.extend_from_slice(&[0; 6]);
-    bytes.extend_from_slice(id.as_bytes());
-    bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
-    write_durably(fs, "", &catalog::temporary_name(id), HEADER_NAME, &bytes)?;
-    fs.sync_dir("")
-        .map_err(|error| LayerError::io("sync", "", error))?;
-    Ok(id)
-}
-
-/// Writes `bytes` under a temporary name, makes them durable and gives them their name, which must
-/// not be taken. The name is durable only when the folder has been synced afterwards.
-pub(super) fn write_durably(
-    fs: &dyn StoreFs,
-    folder: &str,
-    temporary: &str,
-    name: &str,
-    bytes: &[u8],
-) -> Result<(), LayerError> {
-    let join = |name: &str| {
-        if folder.is_empty() {
-            name.to_owned()
-        } else {
-            format!("{folder}/{name}")
-        }
-    };
-    let (temporary, name) = (join(temporary), join(name));
-    let mut file = fs
-        .create(&temporary)
-        .map_err(|error| LayerError::io("create", &temporary, error))?;
-    file.append(bytes)
-        .map_err(|error| LayerError::io("write to", &temporary, error))?;
-    file.sync()
-        .map_err(|error| LayerError::io("sync", &temporary, error))?;
-    fs.rename_no_replace(&temporary, &name)
-        .map_err(|error| LayerError::io("rename to", &name, error))
 }

@@ -9,10 +9,11 @@ use super::codec::Decoder;
 use super::error::LayerError;
 use super::hash::Hash32;
 use super::index::{Entry, LayerIndex};
+use super::inner::{self, Inner};
 use super::manifest::{HeadAnchor, LayerKind};
 use super::merged::MergedIndex;
 use super::segment::{HEADER_LEN, SegmentHeader};
-use super::store::{self, Inner, LayerStore};
+use super::store::LayerStore;
 use super::tree::StateTree;
 
 /// Bytes read at once.
@@ -79,7 +80,12 @@ impl LayerStore {
         progress: &mut dyn FnMut(u64),
     ) -> Result<VerifyReport, LayerError> {
         // What is on disk now, not what was read when the store was opened.
-        let catalog = self.inner.read_catalog(group)?;
+        let known = self.groups().iter().any(|known| known == group);
+        let catalog = if known {
+            self.inner.read_catalog(group)?
+        } else {
+            Catalog::new(group)
+        };
         if catalog.manifests.is_empty() && expected.is_none() {
             return Err(LayerError::NotFound {
                 what: format!("group {group}"),
@@ -184,7 +190,7 @@ impl Check<'_> {
                 }
             },
         };
-        store::apply(&mut tree, index, layer.kind);
+        inner::apply(&mut tree, index, layer.kind);
         let matches = tree.root() == layer.state_root;
         self.trees.insert(key, (found.manifest.sequence, tree));
         if matches {

@@ -25,6 +25,9 @@ pub enum Fault {
     NoSpace,
     /// It fails with EIO; later ones work.
     IoError,
+    /// Like `IoError`, but for operations that only look, which are counted apart: see
+    /// [`SimFs::reads`].
+    ReadError,
 }
 
 /// The simulated file system. Clones are the same one.
@@ -37,6 +40,7 @@ struct Disk {
     inodes: BTreeMap<u64, Inode>,
     next_inode: u64,
     ops: u64,
+    reads: u64,
     fault: Option<(u64, Fault)>,
     dead: bool,
     full: bool,
@@ -105,6 +109,7 @@ impl SimFs {
             inodes,
             next_inode,
             ops: 0,
+            reads: 0,
             fault: None,
             dead: false,
             full: false,
@@ -121,7 +126,13 @@ impl SimFs {
         self.disk().ops
     }
 
-    /// Lets `fault` happen at the operation that begins when [`ops`](Self::ops) is `op`.
+    /// Operations so far that only looked.
+    pub fn reads(&self) -> u64 {
+        self.disk().reads
+    }
+
+    /// Lets `fault` happen at the operation that begins when [`ops`](Self::ops) is `op`, or
+    /// [`reads`](Self::reads) for [`Fault::ReadError`].
     pub fn fault_at(&self, op: u64, fault: Fault) {
         self.disk().fault = Some((op, fault));
     }
@@ -221,6 +232,11 @@ impl SimFs {
 
 /// What a power cut leaves of a file.
 fn survive_file(file: &mut FileNode, rng: &mut SmallRng) {
+    if file.dropped_from.is_none() && rng.random_bool(0.25) {
+        // Everything happened to be written back in time.
+        file.durable = file.seen.len();
+        return;
+    }
     let kept = rng.random_range(file.durable..=file.seen.len());
     let durable = file.durable;
     file.seen.truncate(kept);
@@ -268,6 +284,19 @@ impl Disk {
             Err(io::Error::other("the power is off"))
         } else {
             Ok(())
+        }
+    }
+
+    /// Counts an operation that only looks and says whether it fails.
+    fn read_gate(&mut self) -> io::Result<()> {
+        self.alive()?;
+        let read = self.reads;
+        self.reads += 1;
+        match self.fault {
+            Some((at, Fault::ReadError)) if at == read => {
+                Err(io::Error::from_raw_os_error(libc::EIO))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -377,13 +406,13 @@ impl AppendFile for SimFile {
 impl ReadFile for SimFile {
     fn len(&self) -> io::Result<u64> {
         let mut disk = self.fs.disk();
-        disk.alive()?;
+        disk.read_gate()?;
         Ok(disk.file(self.inode)?.seen.len() as u64)
     }
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let mut disk = self.fs.disk();
-        disk.alive()?;
+        disk.read_gate()?;
         let file = disk.file(self.inode)?;
         let bytes = usize::try_from(offset)
             .ok()
@@ -420,7 +449,7 @@ impl StoreFs for SimFs {
 
     fn open(&self, path: &str) -> io::Result<Box<dyn ReadFile>> {
         let mut disk = self.disk();
-        disk.alive()?;
+        disk.read_gate()?;
         let inode = disk.lookup(path)?;
         disk.file(inode)?;
         Ok(Box::new(SimFile {
@@ -473,7 +502,7 @@ impl StoreFs for SimFs {
 
     fn list(&self, path: &str) -> io::Result<Vec<DirEntry>> {
         let mut disk = self.disk();
-        disk.alive()?;
+        disk.read_gate()?;
         let inode = disk.lookup(path)?;
         let names = disk.dir(inode)?.seen.clone();
         let is_dir = |inode: &u64| matches!(disk.inodes.get(inode), Some(Inode::Dir(_)));
