@@ -68,8 +68,8 @@ pub fn boot(
             "nvme,drive=mapper,serial=SOEMAPPER,max_ioqpairs=4",
         ])
         .args(["-device", "nvme-subsys,id=subsys0,nqn=soe-shared"])
-        .args(["-device", "nvme,serial=SOESHARED1,subsys=subsys0"])
-        .args(["-device", "nvme,serial=SOESHARED2,subsys=subsys0"])
+        .args(["-device", "nvme,serial=SOESHARED,subsys=subsys0"])
+        .args(["-device", "nvme,serial=SOESHARED,subsys=subsys0"])
         .args(["-device", "nvme-ns,drive=shared,nsid=1,shared=on"])
         .args(["-device", "nvme,drive=scratch,serial=SOESCRATCH"]);
 
