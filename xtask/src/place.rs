@@ -2,6 +2,11 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use crate::run;
 
 /// The root of the checkout this binary was built from.
 pub fn root() -> PathBuf {
@@ -9,12 +14,18 @@ pub fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_path_buf()
 }
 
-/// Cargo's build directory.
+/// Cargo's build directory, wherever the environment or a configuration file puts it.
 pub fn target() -> PathBuf {
-    match env::var_os("CARGO_TARGET_DIR") {
-        Some(dir) => root().join(dir),
-        None => root().join("target"),
-    }
+    static TARGET: OnceLock<PathBuf> = OnceLock::new();
+    TARGET.get_or_init(|| ask_cargo().unwrap_or_else(|| root().join("target"))).clone()
+}
+
+fn ask_cargo() -> Option<PathBuf> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["metadata", "--no-deps", "--format-version", "1"]).current_dir(root());
+    let text = run::output(&mut cargo, Duration::from_secs(60)).ok()?;
+    let metadata: serde_json::Value = serde_json::from_str(&text).ok()?;
+    metadata["target_directory"].as_str().map(PathBuf::from)
 }
 
 /// The eBPF object that `soe-agent` embeds. It lies inside the checkout wherever the build directory
