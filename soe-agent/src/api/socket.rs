@@ -54,8 +54,15 @@ pub enum SocketError {
 #[derive(Debug)]
 pub struct OwnedSocket {
     path: PathBuf,
-    /// Device and inode of the file we bound, so that we never remove a successor's.
-    identity: (u64, u64),
+    identity: Identity,
+}
+
+/// Device, inode and time of creation of the file we bound, so that we never remove a successor's. Inodes alone are
+/// reused at once.
+type Identity = (u64, u64, i64, i64);
+
+fn identity(meta: &fs::Metadata) -> Identity {
+    (meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec())
 }
 
 impl OwnedSocket {
@@ -67,7 +74,7 @@ impl OwnedSocket {
 
 impl Drop for OwnedSocket {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.identity);
+        let ours = fs::symlink_metadata(&self.path).is_ok_and(|m| identity(&m) == self.identity);
         if ours {
             let _ = fs::remove_file(&self.path);
         }
@@ -98,7 +105,7 @@ pub fn bind(path: &Path) -> Result<(UnixListener, OwnedSocket), SocketError> {
     // Nobody can connect before listen, so this also covers kernels that ignore the fchmod above.
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(kernel("chmod"))?;
     let meta = fs::symlink_metadata(path).map_err(kernel("stat"))?;
-    let owned = OwnedSocket { path: path.to_owned(), identity: (meta.dev(), meta.ino()) };
+    let owned = OwnedSocket { path: path.to_owned(), identity: identity(&meta) };
     rustix::net::listen(&socket, 128).map_err(|e| kernel("listen")(e.into()))?;
     let listener = UnixListener::from(socket);
     listener.set_nonblocking(true).map_err(kernel("set_nonblocking"))?;

@@ -10,7 +10,12 @@ use prometheus_client::metrics::histogram::Histogram;
 type Labels<const N: usize> = [(&'static str, String); N];
 
 fn labels<const N: usize>(names: [&'static str; N], values: [&str; N]) -> Labels<N> {
-    std::array::from_fn(|i| (names[i], values[i].to_owned()))
+    std::array::from_fn(|i| (names[i], escaped(values[i])))
+}
+
+/// The encoder writes label values as they are, but the format wants these three escaped.
+fn escaped(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 /// Counters by `N` labels.
@@ -72,5 +77,26 @@ impl<const N: usize> Histograms<N> {
     /// Forgets a series.
     pub fn remove(&self, values: [&str; N]) {
         self.family.remove(&labels(self.names, values));
+    }
+}
+
+#[cfg(test)]
+impl<const N: usize> Counters<N> {
+    pub(super) fn touch(&self) {
+        self.with([""; N]);
+    }
+}
+
+#[cfg(test)]
+impl<const N: usize> Gauges<N> {
+    pub(super) fn touch(&self) {
+        self.set([""; N], 0.0);
+    }
+}
+
+#[cfg(test)]
+impl<const N: usize> Histograms<N> {
+    pub(super) fn touch(&self) {
+        self.observe([""; N], 0.0);
     }
 }
