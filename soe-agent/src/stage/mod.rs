@@ -1,1 +1,3 @@
 //! Pre-staging: scoring, admission, copying, coherent reads.
+
+pub mod score;
