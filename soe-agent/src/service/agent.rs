@@ -19,11 +19,11 @@ use crate::capture::{FreezeGuard, PathSettling};
 use crate::config::{Bandwidth, Compression, Config};
 use crate::history::{HistoryStore, Retention, StoreConfig};
 use crate::io::{PacedBy, SystemClock};
-use crate::layer::fs::RealFs;
+use crate::layer::fs::DirFs;
 use crate::layer::{LayerStore, StoreOptions};
 use crate::metrics::Metrics;
 use crate::model::mixture::{Mixture, MixtureConfig};
-use crate::model::{LoadBin, TimeScale, Trained};
+use crate::model::{Forecaster, LoadBin, TimeScale, Trained};
 use crate::observe::disk::{DiskTrack, SliceMap};
 use crate::observe::tracker::{Start, Tracker, TrackerOptions};
 use crate::observe::volumes::{self, Volume};
@@ -93,6 +93,8 @@ pub struct Agent {
     pub(super) watch: broadcast::Sender<WatchItem>,
     pub(super) stopping: AtomicBool,
     pub(super) ready: AtomicBool,
+    /// Whether a volume is being recorded.
+    pub(super) recording: Mutex<bool>,
     /// Jobs on threads of their own, joined at the end.
     pub(super) jobs: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
@@ -106,8 +108,6 @@ impl Agent {
     /// anything that takes long.
     pub fn open(config: Config, metrics: Arc<Metrics>) -> Result<Self, ServiceError> {
         let state_dir = config.state_dir();
-        std::fs::create_dir_all(&state_dir)
-            .map_err(|source| ServiceError::Folder { path: state_dir.clone(), source })?;
         let marker = PathBuf::from("/dev/shm").join(format!(
             "soe-frozen-{}",
             blake3::hash(state_dir.as_os_str().as_encoded_bytes()).to_hex().get(..12).unwrap_or("0")
@@ -121,11 +121,8 @@ impl Agent {
             Err(error) => tracing::warn!(%error, "cannot tell whether a former agent left anything frozen"),
         }
         let state = State::load(&state_dir.join("state.json"))?;
-        let scale = TimeScale::new(
-            config.model.bin,
-            usize::try_from(config.model.season.as_nanos() / config.model.bin.as_nanos().max(1)).unwrap_or(2),
-        )
-        .map_err(|e| ServiceError::Model { reason: e.to_string() })?;
+        let bins = config.season_bins().map_err(|reason| ServiceError::Model { reason })?;
+        let scale = TimeScale::new(config.model.bin, bins).map_err(|e| ServiceError::Model { reason: e.to_string() })?;
         let tracker = Tracker::open(TrackerOptions {
             pin_root: pin_root(),
             max_stamp_bytes: config.tracking.memory,
@@ -134,10 +131,13 @@ impl Agent {
         })?;
         tracing::info!(start = ?tracker.start(), "kernel programs are attached");
         let compression = match config.store.compression {
-            Compression::None => crate::layer::Compression::None,
-            Compression::Zstd(level) => crate::layer::Compression::Zstd(level),
+            Compression::None => crate::layer::Compression::Raw,
+            Compression::Zstd(1) => crate::layer::Compression::Zstd1,
+            Compression::Zstd(level) => {
+                return Err(ServiceError::Compression { level });
+            }
         };
-        let fs = RealFs::create(&config.store_dir())
+        let fs = DirFs::create(&config.store_dir())
             .map_err(|source| ServiceError::Folder { path: config.store_dir(), source })?;
         let store = LayerStore::open(Arc::new(fs), StoreOptions { compression, ..StoreOptions::default() })?;
         let history = HistoryStore::open(StoreConfig {
@@ -165,6 +165,9 @@ impl Agent {
         planner.tick = config.plan.tick;
         planner.baseline_every = config.plan.baseline_every;
         planner.train_every = config.model.train_every;
+        planner.train_after = config.model.train_after;
+        planner.earliest_share = config.plan.earliest;
+        planner.idle = config.plan.idle as f64;
         planner.staging.enabled = area.is_some();
         planner.staging.alarm = config.plan.stage_above;
         planner.staging.budget_bytes = config.staging.budget;
@@ -186,6 +189,7 @@ impl Agent {
             watch,
             stopping: AtomicBool::new(false),
             ready: AtomicBool::new(false),
+            recording: Mutex::new(false),
             jobs: Mutex::default(),
             config,
         };

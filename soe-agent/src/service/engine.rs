@@ -522,7 +522,10 @@ impl Engine for Arc<Agent> {
 
     fn stage_status(&self, volume: String) -> Reply<'_, StageReport> {
         let agent = self.clone();
-        blocking(move || agent.stage_report(&agent.known(&volume)?).map_err(service_error))
+        blocking(move || {
+            let entry = agent.known(&volume)?;
+            agent.stage_report(&entry).map_err(service_error)
+        })
     }
 
     fn stage_now(&self, volume: String) -> Reply<'_, StageReport> {

@@ -12,6 +12,7 @@ mod restore;
 mod sampler;
 mod sink;
 mod state;
+mod trace;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -62,6 +63,12 @@ pub enum ServiceError {
         /// Why.
         source: std::io::Error,
     },
+    /// The layer format knows no such compression.
+    #[error("store.compression zstd:{level}: layers are compressed with zstd:1 or not at all (none)")]
+    Compression {
+        /// The level asked for.
+        level: i32,
+    },
     /// The model's settings do not fit.
     #[error("model settings: {reason}")]
     Model {
@@ -84,6 +91,21 @@ pub enum ServiceError {
     },
 }
 
+impl ServiceError {
+    /// Whether it is a refusal for safety's sake rather than a failure.
+    pub fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Tracker(crate::observe::TrackerError::Owned { .. })
+                | Self::Guard(
+                    crate::capture::FreezeError::Protected { .. } | crate::capture::FreezeError::AlreadyFrozen { .. }
+                )
+                | Self::Layer(crate::layer::LayerError::Busy { .. })
+                | Self::History(crate::history::HistoryError::Locked { .. })
+        )
+    }
+}
+
 /// Runs the daemon until SIGTERM or SIGINT. Returns `Ok` after a clean stop with a complete history.
 pub fn run(config: Config) -> Result<(), ServiceError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -91,6 +113,9 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
         .enable_all()
         .build()
         .map_err(|source| ServiceError::Process { what: "starting the async runtime", source })?;
+    let state_dir = config.state_dir();
+    std::fs::create_dir_all(&state_dir)
+        .map_err(|source| ServiceError::Folder { path: state_dir.clone(), source })?;
     // The listeners first: they tell early that another agent runs.
     let listeners = {
         let _in_runtime = runtime.enter();
@@ -124,7 +149,7 @@ async fn serve(agent: &Arc<Agent>, listeners: Listeners, metrics: Arc<Metrics>) 
     let (mut term, mut int, mut hup) =
         (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?, listen(SignalKind::hangup())?);
     let clock = agent.clock.clone();
-    let serving = listeners.serve(agent.clone(), metrics, clock, stopped);
+    let serving = listeners.serve(Arc::new(agent.clone()), metrics, clock, stopped);
     tokio::pin!(serving);
     service_notify(ServiceState::Ready("tracking"));
     tracing::info!("ready");

@@ -13,7 +13,7 @@ use super::engine::{layer_error, restore_error};
 use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{RestorePhase, RestorePoint, RestoreProgress, RestoreRequest, VerifyEvent};
 use crate::layer::LayerRef;
-use crate::restore::{DeviceTarget, FileTarget, Mode, NoStaging, StagedBlocks, Target, plan, restore};
+use crate::restore::{DeviceTarget, FileTarget, Mode, NoStaging, RestoreStats, StagedBlocks, Target, plan, restore};
 use crate::stage::area::StageArea;
 
 struct Staged<'a>(&'a StageArea);
@@ -78,16 +78,17 @@ impl Agent {
     ) -> Result<RestoreProgress, EngineError> {
         let id = layer.layer().id.to_string();
         let bytes = layer.layer().volume_bytes;
-        let report = |phase, done, written, staged, equal| RestoreProgress {
+        let report = |phase, done, stats: RestoreStats| RestoreProgress {
             phase,
             layer: id.clone(),
             bytes_total: bytes,
             bytes_done: done,
-            bytes_written: written,
-            bytes_from_staging: staged,
-            bytes_equal: equal,
+            bytes_written: stats.bytes_from_store,
+            bytes_from_staging: stats.bytes_from_staging,
+            bytes_equal: stats.bytes_unchanged,
+            bytes_zeroed: stats.bytes_zeroed,
         };
-        let _ = sender.blocking_send(Ok(report(RestorePhase::Planning, 0, 0, 0, 0)));
+        let _ = sender.blocking_send(Ok(report(RestorePhase::Planning, 0, RestoreStats::default())));
         let image = self
             .store
             .image(&request.group, &request.volume, Some(layer.manifest.sequence))
@@ -108,7 +109,7 @@ impl Agent {
             if sender.is_closed() || self.stopping() {
                 return ControlFlow::Break(());
             }
-            let _ = sender.try_send(Ok(report(RestorePhase::Writing, progress.bytes_done, 0, 0, 0)));
+            let _ = sender.try_send(Ok(report(RestorePhase::Writing, progress.bytes_done, RestoreStats::default())));
             ControlFlow::Continue(())
         })
         .map_err(restore_error)?;
@@ -119,13 +120,7 @@ impl Agent {
         ] {
             self.metrics.restore_bytes.with([source]).inc_by(bytes);
         }
-        Ok(report(
-            RestorePhase::Done,
-            bytes,
-            stats.bytes_from_store + stats.bytes_from_staging + stats.bytes_zeroed,
-            stats.bytes_from_staging,
-            stats.bytes_unchanged,
-        ))
+        Ok(report(RestorePhase::Done, bytes, stats))
     }
 
     /// Re-reads and checks all layers of a group on a thread of its own.

@@ -225,7 +225,7 @@ impl StageArea {
                 invalidated: 0,
             });
         }
-        let mut written = Ok(());
+        let mut written = Ok(true);
         let copied = reader.read(&to_copy, map.block_size(), pace, &mut |offset, bytes| {
             written = self.put(&volume, offset / unit, bytes, epoch);
             match &written {
