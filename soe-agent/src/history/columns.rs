@@ -35,15 +35,15 @@ fn signed(value: u64) -> i64 {
 
 impl BatchBuilder {
     fn push(mut self, name: &str, nullable: bool, array: ArrayRef) -> Self {
-        self.fields.push(Field::new(name, array.data_type().clone(), nullable));
+        self.fields
+            .push(Field::new(name, array.data_type().clone(), nullable));
         self.arrays.push(array);
         self
     }
 
     /// Times in ns since the Unix epoch, stored in microseconds.
     pub fn micros(self, name: &str, times: impl Iterator<Item = i64>) -> Self {
-        let array: TimestampMicrosecondArray =
-            times.map(|ns| Some(ns.div_euclid(1000))).collect();
+        let array: TimestampMicrosecondArray = times.map(|ns| Some(ns.div_euclid(1000))).collect();
         self.push(name, false, Arc::new(array.with_timezone(UTC)))
     }
 
@@ -90,7 +90,11 @@ impl BatchBuilder {
 
     /// Numbers.
     pub fn number(self, name: &str, values: impl Iterator<Item = f64>) -> Self {
-        self.push(name, false, Arc::new(Float64Array::from_iter_values(values)))
+        self.push(
+            name,
+            false,
+            Arc::new(Float64Array::from_iter_values(values)),
+        )
     }
 
     /// Numbers that may be unknown.
@@ -100,7 +104,11 @@ impl BatchBuilder {
 
     /// Truth values.
     pub fn truth(self, name: &str, values: impl Iterator<Item = bool>) -> Self {
-        self.push(name, false, Arc::new(values.map(Some).collect::<BooleanArray>()))
+        self.push(
+            name,
+            false,
+            Arc::new(values.map(Some).collect::<BooleanArray>()),
+        )
     }
 
     /// Lists of names.
@@ -117,11 +125,7 @@ impl BatchBuilder {
     }
 
     /// Histograms, as lists of (lower end of the bucket in ns, count).
-    pub fn histogram<'a>(
-        self,
-        name: &str,
-        values: impl Iterator<Item = &'a LogHistogram>,
-    ) -> Self {
+    pub fn histogram<'a>(self, name: &str, values: impl Iterator<Item = &'a LogHistogram>) -> Self {
         let (mut lengths, mut from, mut counts) = (Vec::new(), Vec::new(), Vec::new());
         for histogram in values {
             let before = from.len();
@@ -135,8 +139,10 @@ impl BatchBuilder {
             Field::new("from_ns", DataType::Int64, false),
             Field::new("count", DataType::Int64, false),
         ]);
-        let columns: Vec<ArrayRef> =
-            vec![Arc::new(Int64Array::from(from)), Arc::new(Int64Array::from(counts))];
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(Int64Array::from(from)),
+            Arc::new(Int64Array::from(counts)),
+        ];
         let items = StructArray::new(fields.clone(), columns, None);
         let field = Arc::new(Field::new("element", DataType::Struct(fields), false));
         let offsets = OffsetBuffer::from_lengths(lengths);
@@ -146,8 +152,12 @@ impl BatchBuilder {
 
     /// The batch.
     pub fn finish(self, table: &'static str) -> Result<RecordBatch> {
-        RecordBatch::try_new(Arc::new(Schema::new(self.fields)), self.arrays)
-            .map_err(|error| HistoryError::Columns { table, reason: error.to_string() })
+        RecordBatch::try_new(Arc::new(Schema::new(self.fields)), self.arrays).map_err(|error| {
+            HistoryError::Columns {
+                table,
+                reason: error.to_string(),
+            }
+        })
     }
 }
 
@@ -170,13 +180,19 @@ impl<'a> BatchReader<'a> {
     }
 
     fn find<T: 'static>(&self, name: &str) -> Result<Option<&'a T>> {
-        let Some(array) = self.batch.column_by_name(name) else { return Ok(None) };
+        let Some(array) = self.batch.column_by_name(name) else {
+            return Ok(None);
+        };
         let typed = array.as_any().downcast_ref::<T>();
-        typed.map(Some).ok_or_else(|| self.wrong(name, &format!("has type {}", array.data_type())))
+        typed
+            .map(Some)
+            .ok_or_else(|| self.wrong(name, &format!("has type {}", array.data_type())))
     }
 
     fn need<T: Array + 'static>(&self, name: &str) -> Result<&'a T> {
-        let array = self.find::<T>(name)?.ok_or_else(|| self.wrong(name, "is missing"))?;
+        let array = self
+            .find::<T>(name)?
+            .ok_or_else(|| self.wrong(name, "is missing"))?;
         if array.null_count() > 0 {
             return Err(self.wrong(name, "has missing values"));
         }
@@ -243,15 +259,24 @@ impl<'a> BatchReader<'a> {
     /// Histograms; one that was left out reads as empty.
     pub fn histogram(&self, name: &str, row: usize) -> Result<LogHistogram> {
         let mut histogram = LogHistogram::default();
-        let Some(lists) = self.find::<ListArray>(name)? else { return Ok(histogram) };
+        let Some(lists) = self.find::<ListArray>(name)? else {
+            return Ok(histogram);
+        };
         let wrong = || self.wrong(name, "is not a list of (from_ns, count)");
         let list = lists.value(row);
-        let items = list.as_any().downcast_ref::<StructArray>().ok_or_else(wrong)?;
+        let items = list
+            .as_any()
+            .downcast_ref::<StructArray>()
+            .ok_or_else(wrong)?;
         let column = |name| {
-            items.column_by_name(name).and_then(|c| c.as_any().downcast_ref::<Int64Array>())
+            items
+                .column_by_name(name)
+                .and_then(|c| c.as_any().downcast_ref::<Int64Array>())
         };
-        let (from, counts) =
-            (column("from_ns").ok_or_else(wrong)?, column("count").ok_or_else(wrong)?);
+        let (from, counts) = (
+            column("from_ns").ok_or_else(wrong)?,
+            column("count").ok_or_else(wrong)?,
+        );
         for (from, count) in from.values().iter().zip(counts.values()) {
             histogram.add(bucket_of(from.unsigned_abs()), count.unsigned_abs());
         }
@@ -294,7 +319,9 @@ pub(super) struct Opt<'a, T: ArrowPrimitiveType>(Option<&'a PrimitiveArray<T>>);
 
 impl<T: ArrowPrimitiveType> Opt<'_, T> {
     pub fn at(&self, row: usize) -> Option<T::Native> {
-        self.0.filter(|array| array.is_valid(row)).map(|array| array.value(row))
+        self.0
+            .filter(|array| array.is_valid(row))
+            .map(|array| array.value(row))
     }
 }
 
@@ -315,7 +342,9 @@ pub(super) struct OptText<'a>(Option<&'a StringArray>);
 
 impl OptText<'_> {
     pub fn at(&self, row: usize) -> Option<&str> {
-        self.0.filter(|array| array.is_valid(row)).map(|array| array.value(row))
+        self.0
+            .filter(|array| array.is_valid(row))
+            .map(|array| array.value(row))
     }
 
     pub fn name(&self, row: usize) -> Option<Name> {

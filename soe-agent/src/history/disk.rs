@@ -54,14 +54,21 @@ impl Write for RealFile {
 
 impl DiskFile for RealFile {
     fn sync(&mut self) -> io::Result<()> {
-        if self.durable { self.file.sync_all() } else { Ok(()) }
+        if self.durable {
+            self.file.sync_all()
+        } else {
+            Ok(())
+        }
     }
 }
 
 impl Disk for RealDisk {
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
         let file = OpenOptions::new().write(true).create_new(true).open(path)?;
-        Ok(Box::new(RealFile { file, durable: self.durable }))
+        Ok(Box::new(RealFile {
+            file,
+            durable: self.durable,
+        }))
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
@@ -69,7 +76,11 @@ impl Disk for RealDisk {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        if self.durable { File::open(path)?.sync_all() } else { Ok(()) }
+        if self.durable {
+            File::open(path)?.sync_all()
+        } else {
+            Ok(())
+        }
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -86,7 +97,13 @@ impl Disk for RealDisk {
     }
 
     fn exchange(&self, a: &Path, b: &Path) -> io::Result<()> {
-        Ok(rustix::fs::renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)?)
+        Ok(rustix::fs::renameat_with(
+            CWD,
+            a,
+            CWD,
+            b,
+            RenameFlags::EXCHANGE,
+        )?)
     }
 
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {

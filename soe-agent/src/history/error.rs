@@ -108,12 +108,18 @@ impl HistoryError {
     /// For `map_err` on the reading of a Parquet file.
     pub(super) fn parquet(path: &Path) -> impl Fn(ParquetError) -> Self + use<> {
         let path = path.to_owned();
-        move |error| Self::Damaged { path: path.clone(), reason: one_line(&error.to_string()) }
+        move |error| Self::Damaged {
+            path: path.clone(),
+            reason: one_line(&error.to_string()),
+        }
     }
 
     /// For damage found by our own checks.
     pub(super) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
-        Self::Damaged { path: path.to_owned(), reason: reason.into() }
+        Self::Damaged {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
     }
 
     /// Whether a file vanished between being listed and being opened.
@@ -124,5 +130,11 @@ impl HistoryError {
 
 /// The first line of a library's message, without its full stop.
 pub(super) fn one_line(message: &str) -> String {
-    message.lines().next().unwrap_or("").trim().trim_end_matches('.').to_owned()
+    message
+        .lines()
+        .next()
+        .unwrap_or("")
+        .trim()
+        .trim_end_matches('.')
+        .to_owned()
 }

@@ -102,7 +102,11 @@ fn properties(table: Table, schema: &SchemaRef, losses: Losses) -> WriterPropert
     let pair = |key: &str, value: String| KeyValue::new(key.to_owned(), value);
     let sorting = ["volume", "ts"].iter().filter_map(|name| {
         let column_idx = i32::try_from(schema.index_of(name).ok()?).ok()?;
-        Some(SortingColumn { column_idx, descending: false, nulls_first: false })
+        Some(SortingColumn {
+            column_idx,
+            descending: false,
+            nulls_first: false,
+        })
     });
     let mut builder = WriterProperties::builder()
         .set_created_by(format!("soe {}", env!("CARGO_PKG_VERSION")))
@@ -151,7 +155,8 @@ pub(super) fn write(
         }
     };
     let path = folder.join(format!("{stem}-{:x}-{:08x}{SUFFIX}", tail.bytes, tail.crc));
-    disk.rename(&temporary, &path).map_err(HistoryError::io("rename", &temporary))?;
+    disk.rename(&temporary, &path)
+        .map_err(HistoryError::io("rename", &temporary))?;
     Ok(Some((path, rows)))
 }
 
@@ -167,12 +172,23 @@ fn write_temporary(
         parquet::errors::ParquetError::External(source) => HistoryError::Io {
             call: "write",
             path: path.to_owned(),
-            source: source.downcast::<io::Error>().map_or_else(io::Error::other, |error| *error),
+            source: source
+                .downcast::<io::Error>()
+                .map_or_else(io::Error::other, |error| *error),
         },
-        other => HistoryError::Columns { table: table.name(), reason: one_line(&other.to_string()) },
+        other => HistoryError::Columns {
+            table: table.name(),
+            reason: one_line(&other.to_string()),
+        },
     };
-    let file = disk.create(path).map_err(HistoryError::io("create", path))?;
-    let sink = Summing { file, written: 0, crc: 0 };
+    let file = disk
+        .create(path)
+        .map_err(HistoryError::io("create", path))?;
+    let sink = Summing {
+        file,
+        written: 0,
+        crc: 0,
+    };
     let properties = properties(table, schema, losses);
     let mut writer =
         ArrowWriter::try_new(sink, schema.clone(), Some(properties)).map_err(&wrong)?;
@@ -219,12 +235,20 @@ fn write_temporary(
     let sink = writer.inner_mut();
     sink.file.sync().map_err(HistoryError::io("fsync", path))?;
     let bytes = sink.written.saturating_sub(groups_end);
-    Ok((rows, Tail { bytes, crc: sink.take_crc() }))
+    Ok((
+        rows,
+        Tail {
+            bytes,
+            crc: sink.take_crc(),
+        },
+    ))
 }
 
 /// Runs of equal volumes in a sorted batch.
 fn volume_runs(table: Table, batch: &RecordBatch) -> Vec<(Option<String>, Range<usize>)> {
-    let column = batch.column_by_name("volume").filter(|_| table.has_volume());
+    let column = batch
+        .column_by_name("volume")
+        .filter(|_| table.has_volume());
     let Some(volumes) = column.and_then(|column| column.as_any().downcast_ref::<StringArray>())
     else {
         return vec![(None, 0..batch.num_rows())];
@@ -247,7 +271,12 @@ fn stamp(ts: i64) -> String {
 
 /// Sixteen hexadecimal digits that were never used before: the clock may step back, names may not.
 pub(super) fn random_name() -> String {
-    Uuid::new_v4().simple().to_string().chars().take(16).collect()
+    Uuid::new_v4()
+        .simple()
+        .to_string()
+        .chars()
+        .take(16)
+        .collect()
 }
 
 /// An opened file whose tail was proven.
@@ -266,20 +295,28 @@ impl HistoryFile {
         let file = File::open(path).map_err(HistoryError::io("open", path))?;
         let tail = tail_of(path);
         if let Some(tail) = tail {
-            let length = file.metadata().map_err(HistoryError::io("stat", path))?.len();
+            let length = file
+                .metadata()
+                .map_err(HistoryError::io("stat", path))?
+                .len();
             let start = length
                 .checked_sub(tail.bytes)
                 .ok_or_else(|| HistoryError::damaged(path, "it is cut short"))?;
             prove(&file, path, start..length, tail.crc, "the footer")?;
         }
-        let options =
-            ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Optional);
+        let options = ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Optional);
         let metadata =
             ArrowReaderMetadata::load(&file, options).map_err(HistoryError::parquet(path))?;
-        let pairs = metadata.metadata().file_metadata().key_value_metadata().cloned();
+        let pairs = metadata
+            .metadata()
+            .file_metadata()
+            .key_value_metadata()
+            .cloned();
         let value = |key: &str| {
             let mut pairs = pairs.iter().flatten();
-            pairs.find(|pair| pair.key == key).and_then(|pair| pair.value.clone())
+            pairs
+                .find(|pair| pair.key == key)
+                .and_then(|pair| pair.value.clone())
         };
         let number = |key| value(key).and_then(|text| text.parse().ok()).unwrap_or(0);
         let losses = Losses {
@@ -300,7 +337,13 @@ impl HistoryFile {
                 supported: table.version(),
             });
         }
-        let mut opened = Self { path: path.to_owned(), file, metadata, losses, groups: Vec::new() };
+        let mut opened = Self {
+            path: path.to_owned(),
+            file,
+            metadata,
+            losses,
+            groups: Vec::new(),
+        };
         if let Some(groups) = value(key::ROW_GROUPS).or(tail.map(|_| String::new())) {
             opened.groups = parse_groups(&groups)
                 .filter(|groups| groups.len() == opened.row_groups())
@@ -322,9 +365,13 @@ impl HistoryFile {
     /// Proves the bytes of one row group.
     pub fn prove_group(&self, index: usize) -> Result<()> {
         match self.groups.get(index) {
-            Some(&(start, end, crc)) => {
-                prove(&self.file, &self.path, start..end, crc, &format!("row group {index}"))
-            }
+            Some(&(start, end, crc)) => prove(
+                &self.file,
+                &self.path,
+                start..end,
+                crc,
+                &format!("row group {index}"),
+            ),
             None => Ok(()),
         }
     }
@@ -340,9 +387,13 @@ fn prove(file: &File, path: &Path, range: Range<u64>, expected: u32, what: &str)
     let mut buffer = vec![0; 256 * 1024];
     let (mut at, mut crc) = (range.start, 0);
     while at < range.end {
-        let want = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(buffer.len());
+        let want = usize::try_from(range.end - at)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
         let piece = buffer.get_mut(..want).unwrap_or_default();
-        let read = file.read_at(piece, at).map_err(HistoryError::io("read", path))?;
+        let read = file
+            .read_at(piece, at)
+            .map_err(HistoryError::io("read", path))?;
         if read == 0 {
             return Err(HistoryError::damaged(path, format!("{what} is cut short")));
         }
@@ -350,7 +401,10 @@ fn prove(file: &File, path: &Path, range: Range<u64>, expected: u32, what: &str)
         at += read as u64;
     }
     if crc != expected {
-        return Err(HistoryError::damaged(path, format!("{what} does not match its checksum")));
+        return Err(HistoryError::damaged(
+            path,
+            format!("{what} does not match its checksum"),
+        ));
     }
     Ok(())
 }
@@ -365,7 +419,10 @@ struct Tail {
 /// What a file's name says of its tail; files that others put here say nothing.
 fn tail_of(path: &Path) -> Option<Tail> {
     let name = path.file_name()?.to_str()?;
-    let mut parts = name.strip_prefix("part-")?.strip_suffix(SUFFIX)?.rsplit('-');
+    let mut parts = name
+        .strip_prefix("part-")?
+        .strip_suffix(SUFFIX)?
+        .rsplit('-');
     let crc = u32::from_str_radix(parts.next().filter(|crc| crc.len() == 8)?, 16).ok()?;
     let bytes = u64::from_str_radix(parts.next()?, 16).ok()?;
     Some(Tail { bytes, crc })

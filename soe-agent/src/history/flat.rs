@@ -71,22 +71,32 @@ pub fn write_flat(path: &Path, table: &FlatTable) -> Result<()> {
         .set_created_by(format!("soe {}", env!("CARGO_PKG_VERSION")))
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .build();
-    let mut writer = ArrowWriter::try_new(Vec::new(), Arc::clone(&batch.schema()), Some(properties))
-        .map_err(wrong)?;
+    let mut writer =
+        ArrowWriter::try_new(Vec::new(), Arc::clone(&batch.schema()), Some(properties))
+            .map_err(wrong)?;
     writer.write(&batch).map_err(wrong)?;
     let bytes = writer.into_inner().map_err(wrong)?;
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let temporary = folder.join(format!(".{}{TEMPORARY}", random_name()));
     let disk = RealDisk { durable: true };
-    let written = disk.create(&temporary).and_then(|mut file: Box<dyn DiskFile>| {
-        file.write_all(&bytes)?;
-        file.sync()?;
-        // Unlike the history's own files, a result may be written again under its name.
-        std::fs::rename(&temporary, path)?;
-        disk.sync_dir(folder)
-    });
+    let written = disk
+        .create(&temporary)
+        .and_then(|mut file: Box<dyn DiskFile>| {
+            file.write_all(&bytes)?;
+            file.sync()?;
+            // Unlike the history's own files, a result may be written again under its name.
+            std::fs::rename(&temporary, path)?;
+            disk.sync_dir(folder)
+        });
     written.map_err(|source| {
         let _ = disk.remove_file(&temporary);
-        HistoryError::Io { call: "write", path: path.to_owned(), source }
+        HistoryError::Io {
+            call: "write",
+            path: path.to_owned(),
+            source,
+        }
     })
 }

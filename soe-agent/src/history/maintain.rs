@@ -120,7 +120,10 @@ impl HistoryStore {
     }
 
     fn work_folder(&self, purpose: &str) -> Result<PathBuf> {
-        let path = self.dir().join(WORK).join(format!("{purpose}-{}", random_name()));
+        let path = self
+            .dir()
+            .join(WORK)
+            .join(format!("{purpose}-{}", random_name()));
         create_dirs(&*self.disk, self.dir(), &path)
             .map_err(HistoryError::io("create folder", &path))?;
         Ok(path)
@@ -131,13 +134,17 @@ impl HistoryStore {
     }
 
     fn sync_dir(&self, path: &Path) -> Result<()> {
-        self.disk.sync_dir(path).map_err(HistoryError::io("fsync folder", path))
+        self.disk
+            .sync_dir(path)
+            .map_err(HistoryError::io("fsync folder", path))
     }
 
     /// Merges the files of one hour into one. Returns whether it did.
     fn compact(&self, table: Table, partition: &Partition, done: &mut Maintained) -> Result<bool> {
         let _files = lock(&self.files);
-        let Some(sources) = self.sources(table, partition, done)? else { return Ok(false) };
+        let Some(sources) = self.sources(table, partition, done)? else {
+            return Ok(false);
+        };
         let work = self.work_folder("compact")?;
         let merged = self.merge_into(table, partition, sources, &work);
         let exchanged = match merged {
@@ -168,8 +175,7 @@ impl HistoryStore {
             });
             match proven {
                 Ok(file) => {
-                    let newer =
-                        |field: &Arc<_>| known.field_with_name(name_of(field)).is_err();
+                    let newer = |field: &Arc<_>| known.field_with_name(name_of(field)).is_err();
                     if file.schema().fields().iter().any(newer) {
                         // A newer version added a column: merging here would lose it.
                         return Ok(None);
@@ -210,7 +216,9 @@ impl HistoryStore {
         work: &Path,
     ) -> Result<bool> {
         let expected: usize = sources.iter().map(HistoryFile::rows).sum();
-        let losses = sources.iter().fold(Losses::default(), |sum, file| sum.plus(file.losses));
+        let losses = sources
+            .iter()
+            .fold(Losses::default(), |sum, file| sum.plus(file.losses));
         let streams = sources
             .into_iter()
             .map(|file| {
@@ -238,7 +246,10 @@ impl HistoryStore {
             Err(error) if is_unsupported(&error) => return Ok(false),
             Err(error) => return Err(HistoryError::io("exchange folder", &partition.path)(error)),
         }
-        for folder in [partition.path.parent(), work.parent()].into_iter().flatten() {
+        for folder in [partition.path.parent(), work.parent()]
+            .into_iter()
+            .flatten()
+        {
             self.sync_dir(folder)?;
         }
         Ok(true)
@@ -255,7 +266,11 @@ impl HistoryStore {
                 // The present hour stays, and so does what a clock that ran ahead has written.
                 if partition.hour < Hour::of(now) {
                     let bytes = folder_bytes(&partition.path)?;
-                    stored.push(Stored { table, partition, bytes });
+                    stored.push(Stored {
+                        table,
+                        partition,
+                        bytes,
+                    });
                 }
             }
         }
@@ -263,9 +278,8 @@ impl HistoryStore {
         let mut stored = std::collections::VecDeque::from(stored);
         if let Some(max_age) = retention.max_age {
             let max_age = i64::try_from(max_age.as_nanos()).unwrap_or(i64::MAX);
-            let expired = |oldest: &&Stored| {
-                oldest.partition.hour.end() < now.saturating_sub(max_age)
-            };
+            let expired =
+                |oldest: &&Stored| oldest.partition.hour.end() < now.saturating_sub(max_age);
             while stored.front().filter(expired).is_some() {
                 self.remove_oldest(&mut stored)?;
                 done.expired += 1;
@@ -276,7 +290,9 @@ impl HistoryStore {
         while retention.max_bytes.is_some_and(|max| bytes > max)
             || retention.min_free_bytes.is_some_and(|min| free < min)
         {
-            let Some(removed) = self.remove_oldest(&mut stored)? else { break };
+            let Some(removed) = self.remove_oldest(&mut stored)? else {
+                break;
+            };
             bytes = bytes.saturating_sub(removed);
             free = free_bytes(self.dir())?;
             done.evicted += 1;
@@ -285,8 +301,13 @@ impl HistoryStore {
     }
 
     /// Removes the oldest hour and returns its bytes.
-    fn remove_oldest(&self, stored: &mut std::collections::VecDeque<Stored>) -> Result<Option<u64>> {
-        let Some(oldest) = stored.pop_front() else { return Ok(None) };
+    fn remove_oldest(
+        &self,
+        stored: &mut std::collections::VecDeque<Stored>,
+    ) -> Result<Option<u64>> {
+        let Some(oldest) = stored.pop_front() else {
+            return Ok(None);
+        };
         let _files = lock(&self.files);
         let path = &oldest.partition.path;
         let work = self.work_folder("remove")?;
@@ -313,7 +334,9 @@ impl HistoryStore {
                 } else if path.is_dir() {
                     self.remove_tree(&path)?;
                 } else {
-                    self.disk.remove_file(&path).map_err(HistoryError::io("remove", &path))?;
+                    self.disk
+                        .remove_file(&path)
+                        .map_err(HistoryError::io("remove", &path))?;
                 }
             }
         }
@@ -321,7 +344,9 @@ impl HistoryStore {
             for partition in all_partitions(self.dir(), table)? {
                 for path in others(&partition.path)? {
                     if is_temporary(&path) {
-                        self.disk.remove_file(&path).map_err(HistoryError::io("remove", &path))?;
+                        self.disk
+                            .remove_file(&path)
+                            .map_err(HistoryError::io("remove", &path))?;
                     }
                 }
             }
@@ -335,13 +360,18 @@ fn name_of(field: &arrow::datatypes::FieldRef) -> &str {
 }
 
 fn is_temporary(path: &Path) -> bool {
-    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.ends_with(TEMPORARY))
+    path.file_name()
+        .and_then(|name| name.to_str())
+        .is_some_and(|name| name.ends_with(TEMPORARY))
 }
 
 fn is_unsupported(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let errno = Errno::from_io_error(error);
-    matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::XDEV))
+    matches!(
+        errno,
+        Some(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::XDEV)
+    )
 }
 
 fn folder_bytes(path: &Path) -> Result<u64> {

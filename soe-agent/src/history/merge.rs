@@ -30,21 +30,35 @@ pub enum Order {
 }
 
 fn columns_error(table: Table) -> impl Fn(ArrowError) -> HistoryError {
-    move |error| HistoryError::Columns { table: table.name(), reason: error.to_string() }
+    move |error| HistoryError::Columns {
+        table: table.name(),
+        reason: error.to_string(),
+    }
 }
 
 /// The times of a batch in the unit they are stored in, which is one per table.
 fn ts_array(table: Table, batch: &RecordBatch) -> Result<Int64Array> {
-    let missing = || HistoryError::Columns { table: table.name(), reason: "column ts is missing".into() };
+    let missing = || HistoryError::Columns {
+        table: table.name(),
+        reason: "column ts is missing".into(),
+    };
     let column = batch.column_by_name("ts").ok_or_else(missing)?;
     let numbers = cast(column, &DataType::Int64).map_err(columns_error(table))?;
-    numbers.as_any().downcast_ref::<Int64Array>().cloned().ok_or_else(missing)
+    numbers
+        .as_any()
+        .downcast_ref::<Int64Array>()
+        .cloned()
+        .ok_or_else(missing)
 }
 
 /// The times of a batch in ns.
 pub(super) fn ts_values(table: Table, batch: &RecordBatch) -> Result<Vec<i64>> {
     let unit = ts_unit(batch);
-    Ok(ts_array(table, batch)?.values().iter().map(|ts| ts.saturating_mul(unit)).collect())
+    Ok(ts_array(table, batch)?
+        .values()
+        .iter()
+        .map(|ts| ts.saturating_mul(unit))
+        .collect())
 }
 
 /// The unit that times are stored in, in ns.
@@ -62,18 +76,30 @@ fn volume_array(table: Table, batch: &RecordBatch) -> Result<Option<StringArray>
     }
     let column = batch.column_by_name("volume");
     let volumes = column.and_then(|column| column.as_any().downcast_ref::<StringArray>());
-    volumes.cloned().map(Some).ok_or_else(|| HistoryError::Columns {
-        table: table.name(),
-        reason: "column volume is missing or no text".into(),
-    })
+    volumes
+        .cloned()
+        .map(Some)
+        .ok_or_else(|| HistoryError::Columns {
+            table: table.name(),
+            reason: "column volume is missing or no text".into(),
+        })
 }
 
 /// All of `batches` as one, in `order`; rows that are equal in it stay as they were.
-pub(super) fn sort(table: Table, batches: &[RecordBatch], order: Order) -> Result<Option<RecordBatch>> {
-    let Some(first) = batches.first() else { return Ok(None) };
+pub(super) fn sort(
+    table: Table,
+    batches: &[RecordBatch],
+    order: Order,
+) -> Result<Option<RecordBatch>> {
+    let Some(first) = batches.first() else {
+        return Ok(None);
+    };
     let wrong = columns_error(table);
     let all = concat_batches(&first.schema(), batches).map_err(&wrong)?;
-    let plain = |values| SortColumn { values, options: None };
+    let plain = |values| SortColumn {
+        values,
+        options: None,
+    };
     let mut keys = Vec::new();
     if order == Order::VolumeTime
         && let Some(volumes) = volume_array(table, &all)?
@@ -89,7 +115,11 @@ pub(super) fn sort(table: Table, batches: &[RecordBatch], order: Order) -> Resul
 }
 
 /// The columns of `schema` in its order; what the batch does not have is missing in every row.
-pub(super) fn conform(table: Table, batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
+pub(super) fn conform(
+    table: Table,
+    batch: &RecordBatch,
+    schema: &SchemaRef,
+) -> Result<RecordBatch> {
     let columns = schema.fields().iter().map(|field| {
         let column = batch.column_by_name(field.name()).cloned();
         column.unwrap_or_else(|| new_null_array(field.data_type(), batch.num_rows()))
@@ -109,14 +139,22 @@ struct Cursor {
 impl Cursor {
     fn start(table: Table, order: Order, mut rest: Batches) -> Result<Option<Self>> {
         loop {
-            let Some(batch) = rest.next().transpose()? else { return Ok(None) };
+            let Some(batch) = rest.next().transpose()? else {
+                return Ok(None);
+            };
             if batch.num_rows() > 0 {
                 let volumes = match order {
                     Order::VolumeTime => volume_array(table, &batch)?,
                     Order::Time => None,
                 };
                 let ts = ts_array(table, &batch)?;
-                return Ok(Some(Self { batch, volumes, ts, row: 0, rest }));
+                return Ok(Some(Self {
+                    batch,
+                    volumes,
+                    ts,
+                    row: 0,
+                    rest,
+                }));
             }
         }
     }
@@ -145,13 +183,20 @@ pub(super) struct Merge {
 
 impl Merge {
     pub fn new(table: Table, order: Order, streams: Vec<Batches>) -> Self {
-        Self { table, order, waiting: streams, cursors: Vec::new(), failed: false }
+        Self {
+            table,
+            order,
+            waiting: streams,
+            cursors: Vec::new(),
+            failed: false,
+        }
     }
 
     /// Fetches the next batch of every cursor that has none.
     fn refill(&mut self) -> Result<()> {
         for stream in std::mem::take(&mut self.waiting) {
-            self.cursors.extend(Cursor::start(self.table, self.order, stream)?);
+            self.cursors
+                .extend(Cursor::start(self.table, self.order, stream)?);
         }
         let mut at = 0;
         while let Some(cursor) = self.cursors.get_mut(at) {
@@ -194,10 +239,17 @@ impl Merge {
         self.refill()?;
         let mut picked: Vec<(usize, usize)> = Vec::new();
         while picked.len() < MERGED_ROWS {
-            let Some((smallest, second)) = self.two_smallest() else { return Ok(None) };
-            let Some(cursor) = self.cursors.get(smallest) else { return Ok(None) };
+            let Some((smallest, second)) = self.two_smallest() else {
+                return Ok(None);
+            };
+            let Some(cursor) = self.cursors.get(smallest) else {
+                return Ok(None);
+            };
             let bound = second.and_then(|second| self.cursors.get(second));
-            let limit = cursor.batch.num_rows().min(cursor.row + MERGED_ROWS - picked.len());
+            let limit = cursor
+                .batch
+                .num_rows()
+                .min(cursor.row + MERGED_ROWS - picked.len());
             let mut end = cursor.row + 1;
             while end < limit && bound.is_none_or(|bound| cursor.compare(end, bound).is_le()) {
                 end += 1;
@@ -211,14 +263,18 @@ impl Merge {
                 break;
             }
         }
-        let (Some(&first), Some(&last)) = (picked.first(), picked.last()) else { return Ok(None) };
+        let (Some(&first), Some(&last)) = (picked.first(), picked.last()) else {
+            return Ok(None);
+        };
         if let Some(cursor) = self.cursors.get(first.0)
             && picked.iter().all(|pick| pick.0 == first.0)
         {
             return Ok(Some(cursor.batch.slice(first.1, last.1 + 1 - first.1)));
         }
         let batches: Vec<&RecordBatch> = self.cursors.iter().map(|cursor| &cursor.batch).collect();
-        interleave_record_batch(&batches, &picked).map(Some).map_err(columns_error(self.table))
+        interleave_record_batch(&batches, &picked)
+            .map(Some)
+            .map_err(columns_error(self.table))
     }
 }
 

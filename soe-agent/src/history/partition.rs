@@ -42,7 +42,8 @@ impl Hour {
     /// `dt=YYYY-MM-DD/hour=HH`.
     pub fn folder(self) -> PathBuf {
         let day = DateTime::from_timestamp(self.0.saturating_mul(3600), 0).unwrap_or_default();
-        PathBuf::from(format!("dt={}", day.format("%Y-%m-%d"))).join(format!("hour={:02}", self.0.rem_euclid(24)))
+        PathBuf::from(format!("dt={}", day.format("%Y-%m-%d")))
+            .join(format!("hour={:02}", self.0.rem_euclid(24)))
     }
 
     pub fn in_table(self, dir: &Path, table: Table) -> PathBuf {
@@ -60,10 +61,15 @@ pub(super) struct Partition {
 /// The names in a folder; a folder that does not exist has none.
 fn names(path: &Path) -> Result<Vec<String>> {
     let listed = fs::read_dir(path).and_then(|entries| {
-        entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()
+        entries
+            .map(|entry| Ok(entry?.file_name()))
+            .collect::<io::Result<Vec<_>>>()
     });
     let mut names: Vec<String> = match listed {
-        Ok(names) => names.into_iter().filter_map(|name| name.into_string().ok()).collect(),
+        Ok(names) => names
+            .into_iter()
+            .filter_map(|name| name.into_string().ok())
+            .collect(),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => Vec::new(),
         Err(error) => return Err(HistoryError::io("list", path)(error)),
     };
@@ -80,22 +86,34 @@ pub(super) fn partitions(
     let mut found = Vec::new();
     let root = dir.join(table.name());
     for day_name in names(&root)? {
-        let Some(day) =
-            day_name.strip_prefix("dt=").and_then(|day| NaiveDate::parse_from_str(day, "%Y-%m-%d").ok())
+        let Some(day) = day_name
+            .strip_prefix("dt=")
+            .and_then(|day| NaiveDate::parse_from_str(day, "%Y-%m-%d").ok())
         else {
             continue;
         };
-        let first = day.and_time(chrono::NaiveTime::MIN).and_utc().timestamp().div_euclid(3600);
+        let first = day
+            .and_time(chrono::NaiveTime::MIN)
+            .and_utc()
+            .timestamp()
+            .div_euclid(3600);
         if Hour(first + 23) < *hours.start() || Hour(first) > *hours.end() {
             continue;
         }
         let day_path = root.join(&day_name);
         for hour_name in names(&day_path)? {
-            let hour = hour_name.strip_prefix("hour=").and_then(|hour| hour.parse::<i64>().ok());
-            let Some(hour) = hour.filter(|hour| (0..24).contains(hour)) else { continue };
+            let hour = hour_name
+                .strip_prefix("hour=")
+                .and_then(|hour| hour.parse::<i64>().ok());
+            let Some(hour) = hour.filter(|hour| (0..24).contains(hour)) else {
+                continue;
+            };
             let hour = Hour(first + hour);
             if hours.contains(&hour) {
-                found.push(Partition { hour, path: day_path.join(&hour_name) });
+                found.push(Partition {
+                    hour,
+                    path: day_path.join(&hour_name),
+                });
             }
         }
     }
@@ -142,12 +160,21 @@ mod tests {
     #[test]
     fn only_our_folders_are_listed() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["dt=2013-06-30/hour=22", "dt=2013-06-30/hour=77", "dt=x/hour=01", "a/b"] {
+        for name in [
+            "dt=2013-06-30/hour=22",
+            "dt=2013-06-30/hour=77",
+            "dt=x/hour=01",
+            "a/b",
+        ] {
             fs::create_dir_all(dir.path().join("events").join(name)).unwrap();
         }
         let found = all_partitions(dir.path(), Table::Events).unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].hour, Hour::of(1_372_629_804 * SECOND_NS));
-        assert!(partitions(dir.path(), Table::Events, Hour(0)..=Hour(5)).unwrap().is_empty());
+        assert!(
+            partitions(dir.path(), Table::Events, Hour(0)..=Hour(5))
+                .unwrap()
+                .is_empty()
+        );
     }
 }

@@ -59,7 +59,10 @@ impl Query {
 
     /// Everything of a range of time.
     pub fn range(range: Range<UnixNanos>) -> Self {
-        Self { range, ..Self::all() }
+        Self {
+            range,
+            ..Self::all()
+        }
     }
 
     /// Only some volumes.
@@ -92,12 +95,17 @@ impl Skipped {
 
     /// Remembers the error if it may be skipped, else gives it back.
     fn accept(&self, on_damage: OnDamage, error: HistoryError) -> Result<()> {
-        let skippable =
-            matches!(error, HistoryError::Damaged { .. } | HistoryError::Version { .. });
+        let skippable = matches!(
+            error,
+            HistoryError::Damaged { .. } | HistoryError::Version { .. }
+        );
         if on_damage == OnDamage::Fail || !skippable {
             return Err(error);
         }
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(error);
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(error);
         Ok(())
     }
 }
@@ -113,7 +121,9 @@ impl HistoryReader {
     /// Opens the folder, which must exist.
     pub fn open(dir: &Path) -> Result<Self> {
         std::fs::read_dir(dir).map_err(HistoryError::io("open history folder", dir))?;
-        Ok(Self { dir: dir.to_owned() })
+        Ok(Self {
+            dir: dir.to_owned(),
+        })
     }
 
     /// The folder.
@@ -137,7 +147,10 @@ impl HistoryReader {
         }
         let hours = Hour::of(query.range.start)..=Hour::of(query.range.end - 1);
         let partitions = partitions(&self.dir, R::TABLE, hours)?.into();
-        Ok(RowStream { partitions, ..RowStream::empty(query, order) })
+        Ok(RowStream {
+            partitions,
+            ..RowStream::empty(query, order)
+        })
     }
 
     /// The windows of every volume in order of time, and the errors about files left out.
@@ -164,10 +177,15 @@ impl HistoryReader {
         query: &Query,
         bin: i64,
     ) -> Result<(BTreeMap<Name, BinSeries>, Vec<HistoryError>)> {
-        let refuse = |error: BinError| HistoryError::Query { reason: error.to_string() };
+        let refuse = |error: BinError| HistoryError::Query {
+            reason: error.to_string(),
+        };
         // A window that began an hour before may still reach into the range.
         let mut wider = query.clone().without_bulky();
-        wider.range.start = wider.range.start.saturating_sub(3600 * crate::window::SECOND_NS);
+        wider.range.start = wider
+            .range
+            .start
+            .saturating_sub(3600 * crate::window::SECOND_NS);
         let mut volumes: BTreeMap<Name, BinBuilder> = BTreeMap::new();
         let mut rows = self.rows::<VolumeWindow>(&wider)?;
         for window in &mut rows {
@@ -182,7 +200,9 @@ impl HistoryReader {
                 volumes.insert(name, builder);
             }
         }
-        let series = volumes.into_iter().map(|(name, builder)| (name, builder.finish()));
+        let series = volumes
+            .into_iter()
+            .map(|(name, builder)| (name, builder.finish()));
         Ok((series.collect(), rows.skipped()))
     }
 
@@ -193,7 +213,9 @@ impl HistoryReader {
         let span = |partition: &Partition| -> Result<Option<(UnixNanos, UnixNanos)>> {
             let mut span: Option<(UnixNanos, UnixNanos)> = None;
             for path in files(&partition.path)? {
-                let Ok(file) = HistoryFile::open(&path, table) else { continue };
+                let Ok(file) = HistoryFile::open(&path, table) else {
+                    continue;
+                };
                 for group in 0..file.row_groups() {
                     if let Some((min, max)) = time_range(&file, group) {
                         span = Some(span.map_or((min, max), |s| (s.0.min(min), s.1.max(max))));
@@ -279,9 +301,17 @@ impl<R: TableRow> RowStream<R> {
                     None => self.merge = None,
                 }
             }
-            let Some(partition) = self.partitions.pop_front() else { return Ok(false) };
-            let streams =
-                partition_streams(R::TABLE, &partition, &self.query, self.order, R::BULKY, &self.skipped)?;
+            let Some(partition) = self.partitions.pop_front() else {
+                return Ok(false);
+            };
+            let streams = partition_streams(
+                R::TABLE,
+                &partition,
+                &self.query,
+                self.order,
+                R::BULKY,
+                &self.skipped,
+            )?;
             self.merge = Some(Merge::new(R::TABLE, self.order, streams));
         }
     }
@@ -344,8 +374,9 @@ fn partition_streams(
     };
     let mut streams: Vec<Batches> = Vec::new();
     for file in opened {
-        let groups: Vec<usize> =
-            (0..file.row_groups()).filter(|&group| may_hold(&file, group, query)).collect();
+        let groups: Vec<usize> = (0..file.row_groups())
+            .filter(|&group| may_hold(&file, group, query))
+            .collect();
         let file = Arc::new(file);
         let left_out = if query.bulky { &[] } else { bulky };
         let stream = |groups: Vec<usize>| {
@@ -356,7 +387,11 @@ fn partition_streams(
             Order::VolumeTime => streams.push(stream(groups)?),
             Order::Time => {
                 for group in groups {
-                    streams.push(by_time(table, stream(vec![group])?, one_volume(&file, group)));
+                    streams.push(by_time(
+                        table,
+                        stream(vec![group])?,
+                        one_volume(&file, group),
+                    ));
                 }
             }
         }
@@ -372,7 +407,9 @@ fn by_time(table: Table, stream: Batches, sorted: bool) -> Batches {
     let mut stream = Some(stream);
     Box::new(std::iter::from_fn(move || {
         let batches: Result<Vec<RecordBatch>> = stream.take()?.collect();
-        batches.and_then(|batches| sort(table, &batches, Order::Time)).transpose()
+        batches
+            .and_then(|batches| sort(table, &batches, Order::Time))
+            .transpose()
     }))
 }
 
@@ -384,13 +421,21 @@ pub(super) fn group_batches(
     leave_out: &[&str],
 ) -> Result<Batches> {
     let full = table.schema()?;
-    let kept: Vec<_> =
-        full.fields().iter().filter(|field| !leave_out.contains(&field.name().as_str())).cloned().collect();
+    let kept: Vec<_> = full
+        .fields()
+        .iter()
+        .filter(|field| !leave_out.contains(&field.name().as_str()))
+        .cloned()
+        .collect();
     let schema = Arc::new(arrow::datatypes::Schema::new(kept));
     let parquet = file.metadata.parquet_schema();
-    let roots = file.schema().fields().iter().enumerate().filter_map(|(at, field)| {
-        schema.field_with_name(field.name()).is_ok().then_some(at)
-    }).collect::<Vec<_>>();
+    let roots = file
+        .schema()
+        .fields()
+        .iter()
+        .enumerate()
+        .filter_map(|(at, field)| schema.field_with_name(field.name()).is_ok().then_some(at))
+        .collect::<Vec<_>>();
     let mask = ProjectionMask::roots(parquet, roots);
     let mut groups = groups.into_iter();
     let mut current = None;
@@ -420,7 +465,10 @@ fn open_group(
     mask: ProjectionMask,
 ) -> Result<parquet::arrow::arrow_reader::ParquetRecordBatchReader> {
     file.prove_group(group)?;
-    let handle = file.file.try_clone().map_err(HistoryError::io("open", &file.path))?;
+    let handle = file
+        .file
+        .try_clone()
+        .map_err(HistoryError::io("open", &file.path))?;
     ParquetRecordBatchReaderBuilder::new_with_metadata(handle, file.metadata.clone())
         .with_batch_size(BATCH_ROWS)
         .with_row_groups(vec![group])
@@ -445,7 +493,9 @@ fn wanted(table: Table, batches: Batches, query: Query, skipped: Skipped) -> Bat
 
 fn filter(table: Table, batch: RecordBatch, query: &Query) -> Result<RecordBatch> {
     let times = ts_values(table, &batch)?;
-    let column = batch.column_by_name("volume").filter(|_| table.has_volume());
+    let column = batch
+        .column_by_name("volume")
+        .filter(|_| table.has_volume());
     let volumes = column.and_then(|column| column.as_any().downcast_ref::<StringArray>());
     let keep: Vec<bool> = times
         .iter()
@@ -461,24 +511,37 @@ fn filter(table: Table, batch: RecordBatch, query: &Query) -> Result<RecordBatch
     if keep.iter().all(|&keep| keep) {
         return Ok(batch);
     }
-    filter_record_batch(&batch, &BooleanArray::from(keep))
-        .map_err(|error| HistoryError::Columns { table: table.name(), reason: error.to_string() })
+    filter_record_batch(&batch, &BooleanArray::from(keep)).map_err(|error| HistoryError::Columns {
+        table: table.name(),
+        reason: error.to_string(),
+    })
 }
 
 /// The statistics of a column of a row group.
 fn statistics<'a>(file: &'a HistoryFile, group: usize, name: &str) -> Option<&'a Statistics> {
     let group = file.metadata.metadata().row_groups().get(group)?;
-    group.columns().iter().find(|column| column.column_path().string() == name)?.statistics()
+    group
+        .columns()
+        .iter()
+        .find(|column| column.column_path().string() == name)?
+        .statistics()
 }
 
 fn time_range(file: &HistoryFile, group: usize) -> Option<(UnixNanos, UnixNanos)> {
-    let Statistics::Int64(times) = statistics(file, group, "ts")? else { return None };
+    let Statistics::Int64(times) = statistics(file, group, "ts")? else {
+        return None;
+    };
     let unit = ts_unit(&RecordBatch::new_empty(file.schema()));
-    Some((times.min_opt()?.saturating_mul(unit), times.max_opt()?.saturating_mul(unit)))
+    Some((
+        times.min_opt()?.saturating_mul(unit),
+        times.max_opt()?.saturating_mul(unit),
+    ))
 }
 
 fn volume_range(file: &HistoryFile, group: usize) -> Option<(&[u8], &[u8])> {
-    let Statistics::ByteArray(volumes) = statistics(file, group, "volume")? else { return None };
+    let Statistics::ByteArray(volumes) = statistics(file, group, "volume")? else {
+        return None;
+    };
     Some((volumes.min_opt()?.data(), volumes.max_opt()?.data()))
 }
 

@@ -25,7 +25,10 @@ impl TableRow for EventRow {
             .text("type", rows.iter().map(|row| &*row.kind))
             .opt_text("subject", rows.iter().map(|row| row.subject.as_deref()))
             .names("volumes", rows.iter().map(|row| &*row.volumes))
-            .opt_text("datacontenttype", rows.iter().map(|row| row.data_content_type.as_deref()))
+            .opt_text(
+                "datacontenttype",
+                rows.iter().map(|row| row.data_content_type.as_deref()),
+            )
             .opt_text("data", rows.iter().map(|row| row.data.as_deref()))
             .finish(Self::TABLE.name())
     }
@@ -179,7 +182,10 @@ impl TableRow for ForecastRow {
             .number("q90", rows.iter().map(|row| row.q90))
             .number("q95", rows.iter().map(|row| row.q95))
             .number("q99", rows.iter().map(|row| row.q99))
-            .opt_number("burst_probability", rows.iter().map(|row| row.burst_probability))
+            .opt_number(
+                "burst_probability",
+                rows.iter().map(|row| row.burst_probability),
+            )
             .text("member", rows.iter().map(|row| &*row.member))
             .finish(Self::TABLE.name())
     }

@@ -33,7 +33,8 @@ fn direction<'a>(
     of: fn(&'a VolumeWindow) -> &'a DirectionStats,
 ) -> BatchBuilder {
     let latency = |pick: fn(&LatencySummary) -> u64| {
-        rows.iter().map(move |row| of(row).latency.as_ref().map(pick))
+        rows.iter()
+            .map(move |row| of(row).latency.as_ref().map(pick))
     };
     let name = |suffix: &str| format!("{prefix}_{suffix}");
     builder
@@ -44,10 +45,17 @@ fn direction<'a>(
         .opt_count(&name("latency_p99"), latency(|l| l.p99))
         .opt_count(&name("latency_p999"), latency(|l| l.p999))
         .opt_count(&name("latency_max"), latency(|l| l.max))
-        .histogram(&name("latency_histogram"), rows.iter().map(|row| &of(row).histogram))
+        .histogram(
+            &name("latency_histogram"),
+            rows.iter().map(|row| &of(row).histogram),
+        )
 }
 
-fn read_direction(reader: &BatchReader<'_>, prefix: &str, rows: usize) -> Result<Vec<DirectionStats>> {
+fn read_direction(
+    reader: &BatchReader<'_>,
+    prefix: &str,
+    rows: usize,
+) -> Result<Vec<DirectionStats>> {
     let column = |suffix: &str| reader.opt_counts(&format!("{prefix}_{suffix}"));
     let (ops, bytes) = (column("ops")?, column("bytes")?);
     let (p50, p90) = (column("latency_p50")?, column("latency_p90")?);
@@ -95,10 +103,22 @@ impl TableRow for VolumeWindow {
             .opt_count("discard_ops", rows.iter().map(|row| row.discard_ops))
             .opt_count("discard_bytes", rows.iter().map(|row| row.discard_bytes))
             .opt_count("flush_ops", rows.iter().map(|row| row.flush_ops))
-            .opt_number("queue_depth", rows.iter().map(|row| row.queue_depth.map(|q| q.mean)))
-            .opt_count("queue_depth_max", rows.iter().map(|row| row.queue_depth.map(|q| q.max)))
-            .opt_number("sequential_share", rows.iter().map(|row| row.sequential_share))
-            .opt_count("seek_distance_p50", rows.iter().map(|row| row.seek_distance_p50))
+            .opt_number(
+                "queue_depth",
+                rows.iter().map(|row| row.queue_depth.map(|q| q.mean)),
+            )
+            .opt_count(
+                "queue_depth_max",
+                rows.iter().map(|row| row.queue_depth.map(|q| q.max)),
+            )
+            .opt_number(
+                "sequential_share",
+                rows.iter().map(|row| row.sequential_share),
+            )
+            .opt_count(
+                "seek_distance_p50",
+                rows.iter().map(|row| row.seek_distance_p50),
+            )
             .opt_count("unique_regions", rows.iter().map(|row| row.unique_regions))
             .opt_number("reread_share", rows.iter().map(|row| row.reread_share))
             .count("dropped", rows.iter().map(|row| row.dropped))
@@ -209,13 +229,20 @@ impl TableRow for IoRecord {
             .opt_text("cgroup", rows.iter().map(|row| row.cgroup.as_deref()))
             .opt_count("pid", rows.iter().map(|row| row.pid.map(u64::from)))
             .opt_text("comm", rows.iter().map(|row| row.comm.as_deref()))
-            .count("sample_weight", rows.iter().map(|row| u64::from(row.sample_weight)))
+            .count(
+                "sample_weight",
+                rows.iter().map(|row| u64::from(row.sample_weight)),
+            )
             .finish(Self::TABLE.name())
     }
 
     fn from_batch(batch: &RecordBatch) -> Result<Vec<Self>> {
         let reader = BatchReader::new(Self::TABLE, batch);
-        let (ts, volume, op) = (reader.times("ts")?, reader.text("volume")?, reader.text("op")?);
+        let (ts, volume, op) = (
+            reader.times("ts")?,
+            reader.text("volume")?,
+            reader.text("op")?,
+        );
         let (offset, length) = (reader.counts("offset")?, reader.counts("length")?);
         let (latency, cgroup) = (reader.opt_counts("latency")?, reader.opt_text("cgroup")?);
         let (pid, comm) = (reader.opt_counts("pid")?, reader.opt_text("comm")?);
@@ -266,7 +293,11 @@ impl TableRow for AppStatsRow {
             .count("write_ops", rows.iter().map(|row| row.write_ops))
             .count("read_bytes", rows.iter().map(|row| row.read_bytes))
             .count("write_bytes", rows.iter().map(|row| row.write_bytes))
-            .count("bytes", rows.iter().map(|row| row.read_bytes.saturating_add(row.write_bytes)))
+            .count(
+                "bytes",
+                rows.iter()
+                    .map(|row| row.read_bytes.saturating_add(row.write_bytes)),
+            )
             .finish(Self::TABLE.name())
     }
 

@@ -127,7 +127,9 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl HistoryStore {
     /// Opens or creates the history, repairs what a crash left behind, and locks it.
     pub fn open(config: StoreConfig) -> Result<Self> {
-        let disk = RealDisk { durable: config.durable };
+        let disk = RealDisk {
+            durable: config.durable,
+        };
         Self::open_on(config, Box::new(disk))
     }
 
@@ -203,18 +205,28 @@ impl HistoryStore {
     /// Counts events that were lost before they became rows of `table`; the next file says so.
     pub fn note_dropped_events(&self, table: Table, events: u64) {
         if events > 0 {
-            lock(&self.buffer).losses.entry(table).or_default().dropped_events += events;
+            lock(&self.buffer)
+                .losses
+                .entry(table)
+                .or_default()
+                .dropped_events += events;
         }
     }
 
     fn due(&self, buffer: &Buffer) -> bool {
         buffer.bytes >= self.config.flush_bytes
-            || buffer.oldest.is_some_and(|oldest| oldest.elapsed() >= self.config.flush_every)
+            || buffer
+                .oldest
+                .is_some_and(|oldest| oldest.elapsed() >= self.config.flush_every)
     }
 
     /// Writes what has waited long enough; call it about once a second.
     pub fn tick(&self) -> Result<()> {
-        if self.due(&lock(&self.buffer)) { self.flush() } else { Ok(()) }
+        if self.due(&lock(&self.buffer)) {
+            self.flush()
+        } else {
+            Ok(())
+        }
     }
 
     /// Writes all buffered rows. Rows that can't be written stay buffered.
@@ -226,7 +238,9 @@ impl HistoryStore {
         let waiting: Vec<(Table, Hour)> = lock(&self.buffer).pending.keys().copied().collect();
         let mut first_error = None;
         for at in waiting {
-            let Some((pending, losses)) = lock(&self.buffer).take(at) else { continue };
+            let Some((pending, losses)) = lock(&self.buffer).take(at) else {
+                continue;
+            };
             match self.write_partition(at.0, at.1, &pending.batches, losses) {
                 Ok(synced) => {
                     let mut buffer = lock(&self.buffer);
@@ -255,12 +269,23 @@ impl HistoryStore {
         batches: &[RecordBatch],
         losses: Losses,
     ) -> Result<Result<()>> {
-        let Some(sorted) = sort(table, batches, Order::VolumeTime)? else { return Ok(Ok(())) };
+        let Some(sorted) = sort(table, batches, Order::VolumeTime)? else {
+            return Ok(Ok(()));
+        };
         let folder = hour.in_table(self.dir(), table);
         create_dirs(&*self.disk, self.dir(), &folder)
             .map_err(HistoryError::io("create folder", &folder))?;
-        file::write(&*self.disk, &folder, table, std::iter::once(Ok(sorted)), losses)?;
-        Ok(self.disk.sync_dir(&folder).map_err(HistoryError::io("fsync folder", &folder)))
+        file::write(
+            &*self.disk,
+            &folder,
+            table,
+            std::iter::once(Ok(sorted)),
+            losses,
+        )?;
+        Ok(self
+            .disk
+            .sync_dir(&folder)
+            .map_err(HistoryError::io("fsync folder", &folder)))
     }
 
     /// What was done since the store was opened.

@@ -345,15 +345,17 @@ mod tests {
             holes: vec![0..1, 2..8],
         };
         assert!(LayerIndex::decode("i", &index.encode()).is_ok());
-        for holes in [
-            vec![0..2],
-            vec![1..2],
-            vec![0..1, 1..1],
-            vec![2..9],
-            vec![3..4, 2..3],
-            vec![2..3, 3..4],
-        ] {
-            index.holes = holes;
+        // Over the entry twice, empty, beyond the end, not sorted, not merged.
+        let wrong: [&[(u64, u64)]; 6] = [
+            &[(0, 2)],
+            &[(1, 2)],
+            &[(0, 1), (1, 1)],
+            &[(2, 9)],
+            &[(3, 4), (2, 3)],
+            &[(2, 3), (3, 4)],
+        ];
+        for holes in wrong {
+            index.holes = holes.iter().map(|&(start, end)| start..end).collect();
             assert!(
                 LayerIndex::decode("i", &index.encode()).is_err(),
                 "{:?}",

@@ -186,13 +186,14 @@ impl MergedIndex {
         } else {
             other
         };
-        let hash = |index: &MergedIndex, block: u64| match index.extent_of(block) {
-            None => None,
-            Some(extent) => Some(
+        // None beyond the end, some none for a hole.
+        let hash = |index: &MergedIndex, block: u64| {
+            let extent = index.extent_of(block)?;
+            Some(
                 index
                     .entry(extent, block - extent.start)
                     .map(|entry| entry.hash),
-            ),
+            )
         };
         let mut differing = super::runs::RunSet::default();
         let mut block = 0;

@@ -42,7 +42,7 @@ mod image;
 mod verify;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use attempt::{LayerAttempt, Put};
 pub use catalog::LayerRef;

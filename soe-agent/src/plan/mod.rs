@@ -17,6 +17,12 @@ pub mod staging;
 
 pub mod brain;
 
+pub mod simulate;
+
+pub mod staged;
+
+pub mod summary;
+
 pub use brain::{Brain, Predicted};
 pub use types::{
     Action, CaptureHints, CaptureKind, Command, Criticality, Decision, Event, GroupName, GroupSpec,

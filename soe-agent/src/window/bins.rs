@@ -73,7 +73,8 @@ pub struct BinSeries {
 impl BinSeries {
     /// Where bin `index` begins.
     pub fn start_of(&self, index: usize) -> UnixNanos {
-        self.start.saturating_add(self.bin.saturating_mul(index as i64))
+        self.start
+            .saturating_add(self.bin.saturating_mul(index as i64))
     }
 }
 
@@ -87,7 +88,9 @@ pub enum BinError {
         bin: i64,
     },
     /// The range is too long for bins this short.
-    #[error("the range holds {count} bins of {bin} ns, the most is {MAX_BINS}; ask for longer bins or a shorter range")]
+    #[error(
+        "the range holds {count} bins of {bin} ns, the most is {MAX_BINS}; ask for longer bins or a shorter range"
+    )]
     TooMany {
         /// How many it would be.
         count: i64,
@@ -157,10 +160,14 @@ impl Building {
             self.write_p50.add(Some(latency.p50 as f64), writes);
             self.write_p99.add(Some(latency.p99 as f64), writes);
         }
-        self.queue_depth.add(window.queue_depth.map(|depth| depth.mean), overlap);
-        self.sequential_share.add(window.sequential_share, reads + writes);
-        self.seek_distance.add(window.seek_distance_p50.map(|b| b as f64), reads + writes);
-        self.unique_regions.add(window.unique_regions.map(|r| r as f64), overlap);
+        self.queue_depth
+            .add(window.queue_depth.map(|depth| depth.mean), overlap);
+        self.sequential_share
+            .add(window.sequential_share, reads + writes);
+        self.seek_distance
+            .add(window.seek_distance_p50.map(|b| b as f64), reads + writes);
+        self.unique_regions
+            .add(window.unique_regions.map(|r| r as f64), overlap);
         self.reread_share.add(window.reread_share, reads);
         self.dropped += window.dropped as f64 * part;
     }
@@ -183,7 +190,11 @@ impl Building {
             reread_share: self.reread_share.value(),
             dropped: self.dropped.round() as u64,
         };
-        let known = built.read_ops.or(built.write_ops).or(built.read_bytes).or(built.write_bytes);
+        let known = built
+            .read_ops
+            .or(built.write_ops)
+            .or(built.read_bytes)
+            .or(built.write_bytes);
         known.map(|_| built)
     }
 }
@@ -210,7 +221,12 @@ impl BinBuilder {
         if count > MAX_BINS as i64 {
             return Err(BinError::TooMany { count, bin });
         }
-        Ok(Self { volume, start, bin, building: vec![Building::default(); count as usize] })
+        Ok(Self {
+            volume,
+            start,
+            bin,
+            building: vec![Building::default(); count as usize],
+        })
     }
 
     /// Adds a window, in any order. One that overlaps several bins counts in each by its share of
@@ -225,8 +241,7 @@ impl BinBuilder {
             if window.end() <= from {
                 break;
             }
-            let overlap =
-                window.end().min(from.saturating_add(self.bin)) - window.start.max(from);
+            let overlap = window.end().min(from.saturating_add(self.bin)) - window.start.max(from);
             slot.add(window, overlap as f64);
             index += 1;
         }
@@ -235,8 +250,17 @@ impl BinBuilder {
     /// The bins.
     pub fn finish(self) -> BinSeries {
         let length = self.bin as f64;
-        let bins = self.building.into_iter().map(|slot| slot.finish(length)).collect();
-        BinSeries { volume: self.volume, start: self.start, bin: self.bin, bins }
+        let bins = self
+            .building
+            .into_iter()
+            .map(|slot| slot.finish(length))
+            .collect();
+        BinSeries {
+            volume: self.volume,
+            start: self.start,
+            bin: self.bin,
+            bins,
+        }
     }
 }
 
@@ -266,15 +290,31 @@ mod tests {
     }
 
     fn bins(windows: &[VolumeWindow], range: Range<i64>, bin_s: i64) -> Vec<Option<f64>> {
-        let series =
-            bin_series(&"v".into(), windows, range.start * S..range.end * S, bin_s * S).unwrap();
-        series.bins.iter().map(|bin| bin.and_then(|bin| bin.read_bytes)).collect()
+        let series = bin_series(
+            &"v".into(),
+            windows,
+            range.start * S..range.end * S,
+            bin_s * S,
+        )
+        .unwrap();
+        series
+            .bins
+            .iter()
+            .map(|bin| bin.and_then(|bin| bin.read_bytes))
+            .collect()
     }
 
     #[test]
     fn missing_is_missing_and_idle_is_zero() {
-        let windows = [window(0, 5, Some(10)), window(5, 5, Some(0)), window(15, 5, None)];
-        assert_eq!(bins(&windows, 0..20, 5), [Some(10.0), Some(0.0), None, None]);
+        let windows = [
+            window(0, 5, Some(10)),
+            window(5, 5, Some(0)),
+            window(15, 5, None),
+        ];
+        assert_eq!(
+            bins(&windows, 0..20, 5),
+            [Some(10.0), Some(0.0), None, None]
+        );
     }
 
     #[test]
@@ -285,14 +325,20 @@ mod tests {
 
     #[test]
     fn long_windows_spread_over_short_bins() {
-        assert_eq!(bins(&[window(0, 10, Some(100))], 0..10, 5), [Some(50.0), Some(50.0)]);
+        assert_eq!(
+            bins(&[window(0, 10, Some(100))], 0..10, 5),
+            [Some(50.0), Some(50.0)]
+        );
     }
 
     #[test]
     fn bad_questions_are_refused() {
         let ask = |range, bin| bin_series(&"v".into(), &[], range, bin).map(|s| s.bins.len());
         assert_eq!(ask(0..10, 0), Err(BinError::NoLength { bin: 0 }));
-        assert!(matches!(ask(i64::MIN..i64::MAX, 1), Err(BinError::TooMany { .. })));
+        assert!(matches!(
+            ask(i64::MIN..i64::MAX, 1),
+            Err(BinError::TooMany { .. })
+        ));
         assert_eq!(ask(10..0, 5), Ok(0));
         assert_eq!(ask(-7..0, 5), Ok(2));
     }

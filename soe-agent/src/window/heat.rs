@@ -24,7 +24,10 @@ pub struct HeatWindower {
 impl HeatWindower {
     /// Rows of `interval` ns.
     pub fn new(interval: i64) -> Self {
-        Self { interval: interval.max(1), open: BTreeMap::new() }
+        Self {
+            interval: interval.max(1),
+            open: BTreeMap::new(),
+        }
     }
 
     /// Counts a request in every region it touches; discards and flushes heat nothing.
@@ -39,7 +42,13 @@ impl HeatWindower {
             .entry(record.volume.clone())
             .or_insert_with(|| (start, BTreeMap::new()));
         if start > *open {
-            emit(*open, self.interval, &record.volume, std::mem::take(regions), out);
+            emit(
+                *open,
+                self.interval,
+                &record.volume,
+                std::mem::take(regions),
+                out,
+            );
             *open = start;
         }
         let first = record.offset / REGION_BYTES;

@@ -65,12 +65,16 @@ impl LogHistogram {
 
     /// The non-empty buckets, ascending, as (index, count).
     pub fn iter(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
-        self.counts.iter().map(|&(bucket, count)| (usize::from(bucket), count))
+        self.counts
+            .iter()
+            .map(|&(bucket, count)| (usize::from(bucket), count))
     }
 
     /// Number of values.
     pub fn total(&self) -> u64 {
-        self.counts.iter().fold(0, |sum, entry| sum.saturating_add(entry.1))
+        self.counts
+            .iter()
+            .fold(0, |sum, entry| sum.saturating_add(entry.1))
     }
 
     /// Whether nothing was recorded.
@@ -164,6 +168,9 @@ mod tests {
     fn nothing_recorded_has_no_quantiles() {
         assert_eq!(LogHistogram::default().summary(Some(5)), None);
         assert_eq!(LogHistogram::default().median(), None);
-        assert_eq!(LogHistogram::from_counts(&[0; BUCKETS + 9]), LogHistogram::default());
+        assert_eq!(
+            LogHistogram::from_counts(&[0; BUCKETS + 9]),
+            LogHistogram::default()
+        );
     }
 }

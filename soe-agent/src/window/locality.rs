@@ -17,7 +17,10 @@ impl SequentialStreams {
     /// Whether a request at `offset` begins exactly where a followed stream ended. The stream goes
     /// on at `end`; a request that continues none begins one and displaces the oldest.
     pub fn continues(&mut self, offset: u64, end: u64) -> bool {
-        let found = self.ends.iter().rposition(|&stream_end| stream_end == offset);
+        let found = self
+            .ends
+            .iter()
+            .rposition(|&stream_end| stream_end == offset);
         if let Some(at) = found {
             self.ends.remove(at);
         } else if self.ends.len() >= STREAMS {
@@ -40,7 +43,11 @@ pub struct Rereads {
 impl Rereads {
     /// Remembers at least `capacity` blocks.
     pub fn new(capacity: usize) -> Self {
-        Self { recent: HashSet::new(), older: HashSet::new(), capacity: capacity.max(1) }
+        Self {
+            recent: HashSet::new(),
+            older: HashSet::new(),
+            capacity: capacity.max(1),
+        }
     }
 
     /// Whether `block` was read shortly before; remembers it.

@@ -42,8 +42,14 @@ pub enum IoClass {
 
 impl IoOp {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Read, Self::Write, Self::Discard, Self::WriteZeroes, Self::SecureErase, Self::Flush];
+    pub const ALL: [Self; 6] = [
+        Self::Read,
+        Self::Write,
+        Self::Discard,
+        Self::WriteZeroes,
+        Self::SecureErase,
+        Self::Flush,
+    ];
 
     /// The name in tables and traces.
     pub const fn as_str(self) -> &'static str {
@@ -109,7 +115,12 @@ pub struct DirectionStats {
 impl DirectionStats {
     /// Counts with their latencies. `max_ns` is the exact maximum where it is known.
     pub fn measured(ops: u64, bytes: u64, histogram: LogHistogram, max_ns: Option<u64>) -> Self {
-        Self { ops: Some(ops), bytes: Some(bytes), latency: histogram.summary(max_ns), histogram }
+        Self {
+            ops: Some(ops),
+            bytes: Some(bytes),
+            latency: histogram.summary(max_ns),
+            histogram,
+        }
     }
 }
 

@@ -31,7 +31,11 @@ pub struct WindowConfig {
 
 impl Default for WindowConfig {
     fn default() -> Self {
-        Self { interval: SECOND_NS, reorder: 0, max_idle: 86_400 * SECOND_NS }
+        Self {
+            interval: SECOND_NS,
+            reorder: 0,
+            max_idle: 86_400 * SECOND_NS,
+        }
     }
 }
 
@@ -60,14 +64,24 @@ pub struct IoWindower {
 impl IoWindower {
     /// A windower without volumes.
     pub fn new(config: WindowConfig) -> Self {
-        let config = WindowConfig { interval: config.interval.max(1), ..config };
-        Self { config, volumes: BTreeMap::new(), books: Books::default() }
+        let config = WindowConfig {
+            interval: config.interval.max(1),
+            ..config
+        };
+        Self {
+            config,
+            volumes: BTreeMap::new(),
+            books: Books::default(),
+        }
     }
 
     /// Says that `volume` is recorded since `ts`: it is idle from there to its first request.
     pub fn begin(&mut self, volume: &Name, ts: UnixNanos) {
         let start = floor_to(ts, self.config.interval);
-        self.volumes.entry(volume.clone()).or_insert_with(|| VolumeState::new(start));
+        let state = self.volumes.entry(volume.clone()).or_default();
+        if !state.begun {
+            state.begin(start);
+        }
     }
 
     /// Takes one request; windows that end by it go to `out`.
@@ -75,10 +89,7 @@ impl IoWindower {
         self.books.seen += 1;
         let config = self.config;
         let volume = record.volume.clone();
-        let state = self
-            .volumes
-            .entry(volume.clone())
-            .or_insert_with(|| VolumeState::new(floor_to(record.ts, config.interval)));
+        let state = self.volumes.entry(volume.clone()).or_default();
         if config.reorder <= 0 {
             state.take(&record, &volume, &config, &mut self.books, out);
             return;
@@ -87,8 +98,18 @@ impl IoWindower {
         state.newest = newest;
         self.books.held += 1;
         state.sequence += 1;
-        state.held.push(Reverse(Held { ts: record.ts, sequence: state.sequence, record }));
-        state.release(newest - config.reorder, &volume, &config, &mut self.books, out);
+        state.held.push(Reverse(Held {
+            ts: record.ts,
+            sequence: state.sequence,
+            record,
+        }));
+        state.release(
+            newest - config.reorder,
+            &volume,
+            &config,
+            &mut self.books,
+            out,
+        );
     }
 
     /// Says that nothing before `now` will come any more: closes what ended by then, with windows of
@@ -117,7 +138,7 @@ impl IoWindower {
         if let Some(mut state) = self.volumes.remove(volume) {
             state.release(UnixNanos::MAX, volume, &config, &mut self.books, out);
             let end = floor_to(last, config.interval).saturating_add(config.interval);
-            if state.open.start < end || state.open.touched() {
+            if state.begun && (state.open.start < end || state.open.touched()) {
                 let end = end.max(state.open.start.saturating_add(config.interval));
                 state.close_until(end, volume, &config, out);
             }
@@ -188,7 +209,13 @@ struct Open {
 impl Open {
     /// Whether anything was counted, or lost.
     fn touched(&self) -> bool {
-        let ops = [self.read.ops, self.write.ops, self.discard_ops, self.flush_ops, self.dropped];
+        let ops = [
+            self.read.ops,
+            self.write.ops,
+            self.discard_ops,
+            self.flush_ops,
+            self.dropped,
+        ];
         ops.iter().any(|&count| count > 0)
     }
 }
@@ -204,7 +231,9 @@ struct Counts {
 impl Counts {
     fn add(&mut self, record: &IoRecord, weight: u64) {
         self.ops = self.ops.saturating_add(weight);
-        self.bytes = self.bytes.saturating_add(record.length.saturating_mul(weight));
+        self.bytes = self
+            .bytes
+            .saturating_add(record.length.saturating_mul(weight));
         if let Some(latency) = record.latency {
             self.latency.record(latency, weight);
             self.latency_max = self.latency_max.max(latency);
@@ -218,6 +247,8 @@ impl Counts {
 
 #[derive(Debug)]
 struct VolumeState {
+    /// Whether it is known where the first window begins.
+    begun: bool,
     open: Open,
     newest: UnixNanos,
     held: BinaryHeap<Reverse<Held>>,
@@ -234,10 +265,11 @@ struct VolumeState {
     latency_known: bool,
 }
 
-impl VolumeState {
-    fn new(start: UnixNanos) -> Self {
+impl Default for VolumeState {
+    fn default() -> Self {
         Self {
-            open: Open { start, ..Open::default() },
+            begun: false,
+            open: Open::default(),
             newest: UnixNanos::MIN,
             held: BinaryHeap::new(),
             sequence: 0,
@@ -245,9 +277,18 @@ impl VolumeState {
             rereads: Rereads::new(REREAD_BLOCKS),
             last_end: None,
             in_flight: BinaryHeap::new(),
-            depth_at: start,
+            depth_at: 0,
             latency_known: true,
         }
+    }
+}
+
+impl VolumeState {
+    /// Opens the first window.
+    fn begin(&mut self, start: UnixNanos) {
+        self.begun = true;
+        self.open.start = start;
+        self.depth_at = start;
     }
 
     /// Counts what was held back and began before `until`.
@@ -276,7 +317,11 @@ impl VolumeState {
         books: &mut Books,
         out: &mut Vec<VolumeWindow>,
     ) {
-        self.close_until(floor_to(record.ts, config.interval), volume, config, out);
+        let start = floor_to(record.ts, config.interval);
+        if !self.begun {
+            self.begin(start);
+        }
+        self.close_until(start, volume, config, out);
         if record.ts < self.open.start {
             self.open.dropped += 1;
             books.dropped += 1;
@@ -314,11 +359,15 @@ impl VolumeState {
             self.open.sequential += weight;
         }
         if let Some(last_end) = self.last_end {
-            self.open.seeks.record(last_end.abs_diff(record.offset) / SEEK_UNIT, weight);
+            self.open
+                .seeks
+                .record(last_end.abs_diff(record.offset) / SEEK_UNIT, weight);
         }
         self.last_end = Some(end);
         let last = end.saturating_sub(1).max(record.offset) / REGION_BYTES;
-        self.open.regions.extend(record.offset / REGION_BYTES..=last);
+        self.open
+            .regions
+            .extend(record.offset / REGION_BYTES..=last);
         if record.op.class() == IoClass::Read
             && self.rereads.seen_before(record.offset / REREAD_BLOCK)
         {
@@ -358,7 +407,7 @@ impl VolumeState {
         config: &WindowConfig,
         out: &mut Vec<VolumeWindow>,
     ) {
-        if until <= self.open.start {
+        if !self.begun || until <= self.open.start {
             return;
         }
         let interrupted = until.saturating_sub(self.open.start) > config.max_idle;
@@ -366,7 +415,11 @@ impl VolumeState {
             let end = self.open.start.saturating_add(config.interval);
             self.integrate(end);
             let depth = self.in_flight.len() as u64;
-            let next = Open { start: end, depth_max: depth, ..Open::default() };
+            let next = Open {
+                start: end,
+                depth_max: depth,
+                ..Open::default()
+            };
             let closed = std::mem::replace(&mut self.open, next);
             out.push(self.window(closed, volume, config));
             if end >= until {

@@ -148,8 +148,9 @@ proptest! {
 
 #[test]
 fn sequential_share_seek_distance_and_rereads() {
-    let mut records: Vec<IoRecord> =
-        (0..10).map(|i| record(i, "a", IoOp::Read, i as u64 * 4096, 4096)).collect();
+    let mut records: Vec<IoRecord> = (0..10)
+        .map(|i| record(i, "a", IoOp::Read, i as u64 * 4096, 4096))
+        .collect();
     records.extend((0..10).map(|i| record(10 + i, "a", IoOp::Read, i as u64 * 4096, 4096)));
     let (windows, _) = run(WindowConfig::default(), &records, 0);
     let window = &windows[0];
@@ -158,8 +159,9 @@ fn sequential_share_seek_distance_and_rereads() {
     assert_eq!(window.reread_share, Some(0.5));
     assert_eq!(window.seek_distance_p50, Some(0));
 
-    let apart: Vec<IoRecord> =
-        (0..9).map(|i| record(i, "a", IoOp::Write, (i as u64 % 2) << 40, 4096)).collect();
+    let apart: Vec<IoRecord> = (0..9)
+        .map(|i| record(i, "a", IoOp::Write, (i as u64 % 2) << 40, 4096))
+        .collect();
     let (windows, _) = run(WindowConfig::default(), &apart, 0);
     assert_eq!(windows[0].sequential_share, Some(0.0));
     let distance = windows[0].seek_distance_p50.unwrap();
@@ -168,7 +170,10 @@ fn sequential_share_seek_distance_and_rereads() {
 
 #[test]
 fn idle_time_is_zeroes_and_an_interruption_is_missing() {
-    let config = WindowConfig { max_idle: 10 * S, ..WindowConfig::default() };
+    let config = WindowConfig {
+        max_idle: 10 * S,
+        ..WindowConfig::default()
+    };
     let records = [
         record(0, "a", IoOp::Read, 0, 512),
         record(5 * S, "a", IoOp::Read, 0, 512),
@@ -178,7 +183,10 @@ fn idle_time_is_zeroes_and_an_interruption_is_missing() {
     let starts: Vec<i64> = windows.iter().map(|w| w.start / S).collect();
     assert_eq!(starts, [0, 1, 2, 3, 4, 5, 1_000_000]);
     assert_eq!(windows[2].read.ops, Some(0));
-    assert_eq!(windows[2].queue_depth, Some(QueueDepth { mean: 0.0, max: 0 }));
+    assert_eq!(
+        windows[2].queue_depth,
+        Some(QueueDepth { mean: 0.0, max: 0 })
+    );
     assert_eq!(windows[2].sequential_share, None);
 }
 
@@ -189,7 +197,27 @@ fn a_recorded_volume_is_idle_before_its_first_request() {
     windower.begin(&"a".into(), 3 * S + 7);
     windower.push(record(6 * S, "a", IoOp::Flush, 0, 0), &mut out);
     windower.advance(6 * S + 1, &mut out);
-    assert_eq!(out.iter().map(|w| w.start / S).collect::<Vec<_>>(), [3, 4, 5]);
+    assert_eq!(
+        out.iter().map(|w| w.start / S).collect::<Vec<_>>(),
+        [3, 4, 5]
+    );
     windower.finish(8 * S, &mut out);
-    assert_eq!(out.iter().map(|w| w.flush_ops.unwrap()).collect::<Vec<_>>(), [0, 0, 0, 1, 0, 0]);
+    assert_eq!(
+        out.iter().map(|w| w.flush_ops.unwrap()).collect::<Vec<_>>(),
+        [0, 0, 0, 1, 0, 0]
+    );
+}
+
+#[test]
+fn a_request_held_back_may_open_the_first_window() {
+    let config = WindowConfig {
+        reorder: 20 * S,
+        ..WindowConfig::default()
+    };
+    let records = [
+        record(9 * S, "a", IoOp::Read, 0, 4096),
+        record(0, "a", IoOp::Read, 0, 4096),
+    ];
+    let (windows, books) = run(config, &records, 9 * S);
+    assert_eq!((windows.len(), books.dropped), (10, 0));
 }

@@ -171,6 +171,7 @@ impl From<RestoreProgress> for pb::RestoreProgress {
             bytes_written: p.bytes_written,
             bytes_from_staging: p.bytes_from_staging,
             bytes_equal: p.bytes_equal,
+            bytes_zeroed: p.bytes_zeroed,
         }
     }
 }
@@ -187,6 +188,7 @@ impl TryFrom<pb::RestoreProgress> for RestoreProgress {
             bytes_written: p.bytes_written,
             bytes_from_staging: p.bytes_from_staging,
             bytes_equal: p.bytes_equal,
+            bytes_zeroed: p.bytes_zeroed,
         })
     }
 }

@@ -198,12 +198,14 @@ pub struct RestoreProgress {
     pub layer: String,
     /// Bytes of the image.
     pub bytes_total: u64,
-    /// Bytes accounted for: written, zeroed or found equal.
+    /// Bytes accounted for: the sum of the four below.
     pub bytes_done: u64,
-    /// Bytes written to the target.
+    /// Bytes written that were read from the store.
     pub bytes_written: u64,
-    /// Bytes taken from the staging area.
+    /// Bytes written that were taken from the staging area.
     pub bytes_from_staging: u64,
     /// Bytes the target already held.
     pub bytes_equal: u64,
+    /// Bytes that are zero in the image, and were made or found zero.
+    pub bytes_zeroed: u64,
 }

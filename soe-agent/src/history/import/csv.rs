@@ -5,8 +5,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::lines::{Lines, decimal, split};
 use super::ImportReport;
+use super::lines::{Lines, decimal, split};
 use crate::history::error::{HistoryError, Result};
 use crate::history::partition::Hour;
 use crate::history::read::{HistoryReader, Query};
@@ -38,7 +38,9 @@ pub(super) fn import(
         let mut lines = Lines::open(path)?;
         let mut columns = None;
         while lines.advance()? {
-            let Some(record) = parse(&lines, volume, &mut columns, &mut names)? else { continue };
+            let Some(record) = parse(&lines, volume, &mut columns, &mut names)? else {
+                continue;
+            };
             report.saw(&record.volume, record.ts);
             chunk.push(record);
             if chunk.len() >= CHUNK {
@@ -74,26 +76,49 @@ fn parse(
     if fields.len() != count || !(5..=6).contains(&count) {
         let want = columns.filter(|count| (5..=6).contains(count));
         let want = want.map_or("5 or 6".to_owned(), |count| count.to_string());
-        return Err(lines.wrong(format!("{} fields, expected {want} ({})", fields.len(), HEADER.join(","))));
+        return Err(lines.wrong(format!(
+            "{} fields, expected {want} ({})",
+            fields.len(),
+            HEADER.join(",")
+        )));
     }
-    if lines.is_first() && fields.first().is_some_and(|first| first.eq_ignore_ascii_case("ts_us")) {
-        let known = fields.iter().zip(HEADER).all(|(field, name)| field.eq_ignore_ascii_case(name));
-        return if known { Ok(None) } else { Err(lines.wrong(format!("the header is not {}", HEADER.join(",")))) };
+    if lines.is_first()
+        && fields
+            .first()
+            .is_some_and(|first| first.eq_ignore_ascii_case("ts_us"))
+    {
+        let known = fields
+            .iter()
+            .zip(HEADER)
+            .all(|(field, name)| field.eq_ignore_ascii_case(name));
+        return if known {
+            Ok(None)
+        } else {
+            Err(lines.wrong(format!("the header is not {}", HEADER.join(","))))
+        };
     }
     let text = |at: usize| fields.get(at).map_or("", |field| &**field);
     let number = |at: usize, scale: u64| {
         decimal(text(at), scale).ok_or_else(|| {
             let name = HEADER.get(at).copied().unwrap_or_default();
-            lines.wrong(format!("{name} is {:?}, expected a number of 0 or more that fits", text(at)))
+            lines.wrong(format!(
+                "{name} is {:?}, expected a number of 0 or more that fits",
+                text(at)
+            ))
         })
     };
     let ts = number(0, 1000)?;
     let op = IoOp::from_str(text(2)).map_err(|()| {
-        lines.wrong(format!("op is {:?}, expected read, write, discard, write_zeroes, secure_erase or flush", text(2)))
+        lines.wrong(format!(
+            "op is {:?}, expected read, write, discard, write_zeroes, secure_erase or flush",
+            text(2)
+        ))
     })?;
     let (offset, length) = (number(3, 1)?, number(4, 1)?);
     if length > MAX_LENGTH || offset.checked_add(length).is_none() {
-        return Err(lines.wrong(format!("length {length} at offset {offset} is more than a request can have")));
+        return Err(lines.wrong(format!(
+            "length {length} at offset {offset} is more than a request can have"
+        )));
     }
     let latency = match text(5) {
         // Traces that don't know it write -1.
@@ -119,7 +144,9 @@ fn parse(
 /// Windows and heat from the recorded requests. The trace is taken to have recorded all its volumes
 /// all the time, up to a day before a volume's first request and after its last.
 fn derive(store: &HistoryStore, report: &mut ImportReport) -> Result<()> {
-    let Some((first, last)) = report.span() else { return Ok(()) };
+    let Some((first, last)) = report.span() else {
+        return Ok(());
+    };
     let config = WindowConfig::default();
     let mut windower = IoWindower::new(config);
     let mut heat = HeatWindower::new(60 * SECOND_NS);
@@ -127,8 +154,16 @@ fn derive(store: &HistoryStore, report: &mut ImportReport) -> Result<()> {
         .volumes
         .iter()
         .map(|(name, span)| {
-            let from = if span.0 - first <= config.max_idle { first } else { span.0 };
-            let to = if last - span.1 <= config.max_idle { last } else { span.1 };
+            let from = if span.0 - first <= config.max_idle {
+                first
+            } else {
+                span.0
+            };
+            let to = if last - span.1 <= config.max_idle {
+                last
+            } else {
+                span.1
+            };
             (name.clone(), from, to)
         })
         .collect();
@@ -164,8 +199,15 @@ fn derive(store: &HistoryStore, report: &mut ImportReport) -> Result<()> {
     }
     let books = windower.books();
     if books.counted != report.lines {
-        let reason = format!("{} of {} requests are in no window", report.lines - books.counted, report.lines);
-        return Err(HistoryError::Import { what: "the trace".into(), reason });
+        let reason = format!(
+            "{} of {} requests are in no window",
+            report.lines - books.counted,
+            report.lines
+        );
+        return Err(HistoryError::Import {
+            what: "the trace".into(),
+            reason,
+        });
     }
     heat.finish(&mut heats);
     append(store, &mut heats, report)
@@ -174,12 +216,19 @@ fn derive(store: &HistoryStore, report: &mut ImportReport) -> Result<()> {
 /// Writes `io_trace` as CSV, in order of time. Control group, process and sampling weight have no
 /// column there. Returns the number of requests.
 pub fn export_csv(reader: &HistoryReader, query: &Query, out: &mut dyn Write) -> Result<u64> {
-    let failed = |source| HistoryError::Io { call: "write", path: "CSV output".into(), source };
+    let failed = |source| HistoryError::Io {
+        call: "write",
+        path: "CSV output".into(),
+        source,
+    };
     writeln!(out, "{}", HEADER.join(",")).map_err(failed)?;
     let mut count = 0;
     for record in reader.rows_by_time::<IoRecord>(query)? {
         let record = record?;
-        let latency = record.latency.map(|ns| micros(i128::from(ns))).unwrap_or_default();
+        let latency = record
+            .latency
+            .map(|ns| micros(i128::from(ns)))
+            .unwrap_or_default();
         let volume = if record.volume.contains([',', '"']) {
             format!("\"{}\"", record.volume.replace('"', "\"\""))
         } else {

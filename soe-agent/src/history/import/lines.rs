@@ -25,12 +25,18 @@ impl Lines {
         let mut reader = BufReader::with_capacity(1 << 20, file);
         let start = reader.fill_buf().map_err(HistoryError::io("read", path))?;
         let reader: Box<dyn BufRead> = if start.starts_with(&ZSTD_MAGIC) {
-            let decoder = zstd::Decoder::with_buffer(reader).map_err(HistoryError::io("read", path))?;
+            let decoder =
+                zstd::Decoder::with_buffer(reader).map_err(HistoryError::io("read", path))?;
             Box::new(BufReader::with_capacity(1 << 20, decoder))
         } else {
             Box::new(reader)
         };
-        Ok(Self { path: path.to_owned(), reader, buffer: Vec::new(), line: 0 })
+        Ok(Self {
+            path: path.to_owned(),
+            reader,
+            buffer: Vec::new(),
+            line: 0,
+        })
     }
 
     /// Moves on to the next line that is not empty; its text is in [`Lines::text`].
@@ -38,7 +44,11 @@ impl Lines {
         loop {
             self.buffer.clear();
             self.line += 1;
-            let read = self.reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut self.buffer);
+            let read = self
+                .reader
+                .by_ref()
+                .take(MAX_LINE)
+                .read_until(b'\n', &mut self.buffer);
             let read = read.map_err(HistoryError::io("read", &self.path))?;
             if read == 0 {
                 return Ok(false);
@@ -65,7 +75,11 @@ impl Lines {
 
     /// An error about the present line.
     pub fn wrong(&self, reason: impl Into<String>) -> HistoryError {
-        HistoryError::Line { path: self.path.clone(), line: self.line, reason: reason.into() }
+        HistoryError::Line {
+            path: self.path.clone(),
+            line: self.line,
+            reason: reason.into(),
+        }
     }
 
     /// Whether this is the first line of the file.
@@ -131,9 +145,17 @@ pub(super) fn decimal(text: &str, scale: u64) -> Option<i64> {
     // Eighteen digits behind the point are more than any scale here can show.
     let part = part.get(..18).unwrap_or(part);
     let denominator = 10u128.pow(part.len() as u32);
-    let fraction = if part.is_empty() { 0 } else { part.parse::<u128>().ok()? };
+    let fraction = if part.is_empty() {
+        0
+    } else {
+        part.parse::<u128>().ok()?
+    };
     let scaled = (fraction * u128::from(scale) + denominator / 2) / denominator;
-    let total = whole.parse::<u128>().ok()?.checked_mul(u128::from(scale))?.checked_add(scaled)?;
+    let total = whole
+        .parse::<u128>()
+        .ok()?
+        .checked_mul(u128::from(scale))?
+        .checked_add(scaled)?;
     i64::try_from(total).ok()
 }
 
@@ -145,17 +167,34 @@ mod tests {
     fn decimals_are_exact_and_strict() {
         assert_eq!(decimal("12", 1000), Some(12_000));
         assert_eq!(decimal("12.0015", 1000), Some(12_002));
-        assert_eq!(decimal("1372629804.123456", 1_000_000_000), Some(1_372_629_804_123_456_000));
+        assert_eq!(
+            decimal("1372629804.123456", 1_000_000_000),
+            Some(1_372_629_804_123_456_000)
+        );
         assert_eq!(decimal("1e3", 1), Some(1000));
         assert_eq!(decimal("123.", 1), Some(123));
-        for bad in ["", "-1", "nan", "inf", ".5", "1,5", "0x10", " 1", "1e99", "99999999999999999999", "1e", "é"] {
+        for bad in [
+            "",
+            "-1",
+            "nan",
+            "inf",
+            ".5",
+            "1,5",
+            "0x10",
+            " 1",
+            "1e99",
+            "99999999999999999999",
+            "1e",
+            "é",
+        ] {
             assert_eq!(decimal(bad, 1), None, "{bad}");
         }
     }
 
     #[test]
     fn quotes_may_hold_commas() {
-        let fields = |line| split(line).map(|f| f.into_iter().map(|c| c.into_owned()).collect::<Vec<_>>());
+        let fields =
+            |line| split(line).map(|f| f.into_iter().map(|c| c.into_owned()).collect::<Vec<_>>());
         assert_eq!(fields("1, a ,b,").unwrap(), ["1", "a", "b", ""]);
         assert_eq!(fields(r#"1,"a,b",c"#).unwrap(), ["1", "a,b", "c"]);
         assert_eq!(fields(r#""a ""b""", c"#).unwrap(), [r#"a "b""#, "c"]);

@@ -131,8 +131,15 @@ fn build(
         ImportFormat::Series => series::import(files, volume, &store)?,
     };
     if report.lines == 0 {
-        let what = files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", ");
-        return Err(HistoryError::Import { what, reason: "there is no line in it".into() });
+        let what = files
+            .iter()
+            .map(|f| f.display().to_string())
+            .collect::<Vec<_>>()
+            .join(", ");
+        return Err(HistoryError::Import {
+            what,
+            reason: "there is no line in it".into(),
+        });
     }
     store.flush()?;
     store.compact_all()?;
@@ -141,9 +148,13 @@ fn build(
 }
 
 fn refuse_overlap(out: &Path, report: &ImportReport) -> Result<()> {
-    let Some((first, last)) = report.span() else { return Ok(()) };
+    let Some((first, last)) = report.span() else {
+        return Ok(());
+    };
     let names: BTreeSet<String> = report.volumes.keys().map(|name| name.to_string()).collect();
-    let query = Query::range(first..last.saturating_add(1)).volumes(names).without_bulky();
+    let query = Query::range(first..last.saturating_add(1))
+        .volumes(names)
+        .without_bulky();
     for window in HistoryReader::open(out)?.rows::<VolumeWindow>(&query)? {
         let window = window?;
         let overlaps = report
@@ -173,9 +184,12 @@ fn make_durable(disk: &dyn Disk, work: &Path) -> Result<()> {
         file.sync()
     });
     written.map_err(HistoryError::io("write", &mark))?;
-    disk.sync_dir(work).map_err(HistoryError::io("fsync folder", work))?;
+    disk.sync_dir(work)
+        .map_err(HistoryError::io("fsync folder", work))?;
     match work.parent() {
-        Some(parent) => disk.sync_dir(parent).map_err(HistoryError::io("fsync folder", parent)),
+        Some(parent) => disk
+            .sync_dir(parent)
+            .map_err(HistoryError::io("fsync folder", parent)),
         None => Ok(()),
     }
 }
@@ -197,7 +211,8 @@ pub(super) fn publish(disk: &dyn Disk, work: &Path, dir: &Path) -> Result<()> {
                         .map_err(HistoryError::io("rename", &path))?;
                 }
             }
-            disk.sync_dir(&folder).map_err(HistoryError::io("fsync folder", &folder))?;
+            disk.sync_dir(&folder)
+                .map_err(HistoryError::io("fsync folder", &folder))?;
         }
     }
     // The mark goes last: what is left of an unmarked import is removed at the next start.
@@ -208,7 +223,8 @@ pub(super) fn publish(disk: &dyn Disk, work: &Path, dir: &Path) -> Result<()> {
             remove_tree(disk, &folder).map_err(HistoryError::io("remove", &folder))?;
         }
     }
-    disk.remove_file(&mark).map_err(HistoryError::io("remove", &mark))?;
+    disk.remove_file(&mark)
+        .map_err(HistoryError::io("remove", &mark))?;
     remove_tree(disk, work).map_err(HistoryError::io("remove", work))
 }
 

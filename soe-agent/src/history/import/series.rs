@@ -15,7 +15,14 @@ use crate::history::table::Table;
 use crate::seam::UnixNanos;
 use crate::window::{Name, SECOND_NS, VolumeWindow};
 
-const HEADER: [&str; 6] = ["ts_s", "volume", "read_ops", "write_ops", "read_bytes", "write_bytes"];
+const HEADER: [&str; 6] = [
+    "ts_s",
+    "volume",
+    "read_ops",
+    "write_ops",
+    "read_bytes",
+    "write_bytes",
+];
 /// Bins that are held before they are written: 64 MiB and some.
 const HELD: usize = 1 << 20;
 /// Different steps that are counted for one volume.
@@ -46,7 +53,9 @@ impl Steps {
 
 /// The most frequent step, the shorter one of two that are equally frequent.
 fn usual<'a>(steps: impl Iterator<Item = (&'a i64, &'a u64)>) -> Option<i64> {
-    steps.max_by_key(|&(&step, &count)| (count, std::cmp::Reverse(step))).map(|(&step, _)| step)
+    steps
+        .max_by_key(|&(&step, &count)| (count, std::cmp::Reverse(step)))
+        .map(|(&step, _)| step)
 }
 
 pub(super) fn import(
@@ -99,10 +108,14 @@ fn widths(
     steps
         .into_iter()
         .map(|(name, steps)| {
-            let width = usual(steps.counts.iter()).or(common).ok_or_else(|| HistoryError::Import {
-                what: format!("volume {name}"),
-                reason: "one bin alone does not say how long it is; give at least two".into(),
-            })?;
+            let width =
+                usual(steps.counts.iter())
+                    .or(common)
+                    .ok_or_else(|| HistoryError::Import {
+                        what: format!("volume {name}"),
+                        reason: "one bin alone does not say how long it is; give at least two"
+                            .into(),
+                    })?;
             Ok((name, width))
         })
         .collect()
@@ -128,28 +141,54 @@ fn each_bin(
 fn parse(lines: &Lines, volume: Option<&str>, names: &mut BTreeSet<Name>) -> Result<Option<Bin>> {
     let fields = split(lines.text()?).ok_or_else(|| lines.wrong("a quote is not closed"))?;
     let [ts, name, values @ ..] = fields.as_slice() else {
-        return Err(lines.wrong(format!("{} fields, expected 6 ({})", fields.len(), HEADER.join(","))));
+        return Err(lines.wrong(format!(
+            "{} fields, expected 6 ({})",
+            fields.len(),
+            HEADER.join(",")
+        )));
     };
     if values.len() != 4 {
-        return Err(lines.wrong(format!("{} fields, expected 6 ({})", fields.len(), HEADER.join(","))));
+        return Err(lines.wrong(format!(
+            "{} fields, expected 6 ({})",
+            fields.len(),
+            HEADER.join(",")
+        )));
     }
     if lines.is_first() && ts.eq_ignore_ascii_case("ts_s") {
-        let known = fields.iter().zip(HEADER).all(|(field, name)| field.eq_ignore_ascii_case(name));
-        return if known { Ok(None) } else { Err(lines.wrong(format!("the header is not {}", HEADER.join(",")))) };
+        let known = fields
+            .iter()
+            .zip(HEADER)
+            .all(|(field, name)| field.eq_ignore_ascii_case(name));
+        return if known {
+            Ok(None)
+        } else {
+            Err(lines.wrong(format!("the header is not {}", HEADER.join(","))))
+        };
     }
-    let wrong = |name: &str, text: &str, what: &str| lines.wrong(format!("{name} is {text:?}, expected {what}"));
+    let wrong = |name: &str, text: &str, what: &str| {
+        lines.wrong(format!("{name} is {text:?}, expected {what}"))
+    };
     let ts = decimal(ts, SECOND_NS.unsigned_abs())
         .ok_or_else(|| wrong("ts_s", ts, "seconds since 1970, 0 or more"))?;
     let mut parsed = [-1; 4];
     for ((slot, text), name) in parsed.iter_mut().zip(values).zip(HEADER.iter().skip(2)) {
         if !text.is_empty() {
-            *slot = decimal(text, 1)
-                .ok_or_else(|| wrong(name, text, "a number of 0 or more that fits, or nothing when it is unknown"))?;
+            *slot = decimal(text, 1).ok_or_else(|| {
+                wrong(
+                    name,
+                    text,
+                    "a number of 0 or more that fits, or nothing when it is unknown",
+                )
+            })?;
         }
     }
     let volume = volume_name(name, volume, names)
         .ok_or_else(|| lines.wrong("the volume is empty; name it with --volume"))?;
-    Ok(Some(Bin { ts, volume, values: parsed }))
+    Ok(Some(Bin {
+        ts,
+        volume,
+        values: parsed,
+    }))
 }
 
 /// Writes the held bins hour by hour, so that each hour gets one file.

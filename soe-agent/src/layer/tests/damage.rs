@@ -22,8 +22,7 @@ fn prepared() -> (SimFs, Expected) {
         LayerKind::Differential,
         LayerKind::Rescan,
     ] {
-        [(0, 4, 55), (0, 13, 12), (1, 1, 0), (0, 2, 71)]
-            .map(|(v, b, content)| volumes.write(v, b, content));
+        volumes.write_all(&[(0, 4, 55), (0, 13, 12), (1, 1, 0), (0, 2, 71)]);
         // Put twice, so that there are bytes in a segment that no index names.
         let mut attempt = store.begin(GROUP, volumes.specs(kind)).unwrap();
         volumes.put(&mut attempt, kind).unwrap();
@@ -310,7 +309,9 @@ proptest! {
             old.truncate(keep);
             old.extend_from_slice(&bytes);
         });
-        prop_assert!(noticed(&fs).is_ok());
+        if fs.contents() != prepared().0.contents() {
+            noticed(&fs).map_err(TestCaseError::fail)?;
+        }
         never_wrong_bytes(&fs, &expected).map_err(TestCaseError::fail)?;
     }
 }

@@ -32,8 +32,7 @@ fn live(fs: Arc<dyn StoreFs>, outcome: &mut Outcome) -> Result<(), LayerError> {
     (0..6).for_each(|block| volumes.write(1, block, block));
     capture(&store, &mut volumes, LayerKind::Baseline, outcome)?;
 
-    [(0, 3, 0), (0, 19, 77), (1, 2, 8), (0, 5, 91)]
-        .map(|(v, b, content)| volumes.write(v, b, content));
+    volumes.write_all(&[(0, 3, 0), (0, 19, 77), (1, 2, 8), (0, 5, 91)]);
     capture(&store, &mut volumes, LayerKind::Differential, outcome)?;
 
     let mut given_up = store.begin(GROUP, volumes.specs(LayerKind::Baseline))?;
@@ -42,10 +41,10 @@ fn live(fs: Arc<dyn StoreFs>, outcome: &mut Outcome) -> Result<(), LayerError> {
     drop(store);
     store = LayerStore::open(fs, options(2))?;
 
-    [(0, 5, 13), (1, 0, 15), (0, 6, 0)].map(|(v, b, content)| volumes.write(v, b, content));
+    volumes.write_all(&[(0, 5, 13), (1, 0, 15), (0, 6, 0)]);
     capture(&store, &mut volumes, LayerKind::Rescan, outcome)?;
 
-    [(0, 1, 17), (1, 1, 19)].map(|(v, b, content)| volumes.write(v, b, content));
+    volumes.write_all(&[(0, 1, 17), (1, 1, 19)]);
     let mut attempt = store.begin(GROUP, volumes.specs(LayerKind::Differential))?;
     volumes.put(&mut attempt, LayerKind::Differential)?;
     (0..9).for_each(|block| volumes.write(0, block, 100 + block));
@@ -197,7 +196,7 @@ fn a_second_power_cut_while_garbage_is_collected_is_harmless() {
 #[derive(Clone)]
 struct Forgetful {
     fs: SimFs,
-    forgets: fn(&str) -> bool,
+    forgets: Forgets,
 }
 
 struct ForgetfulFile(Box<dyn AppendFile>, bool);
@@ -218,7 +217,7 @@ impl StoreFs for Forgetful {
     fn create(&self, path: &str) -> io::Result<Box<dyn AppendFile>> {
         Ok(Box::new(ForgetfulFile(
             self.fs.create(path)?,
-            (self.forgets)(path),
+            (self.forgets)(&self.fs, path),
         )))
     }
     fn open(&self, path: &str) -> io::Result<Box<dyn ReadFile>> {
@@ -228,7 +227,7 @@ impl StoreFs for Forgetful {
         self.fs.create_dir(path)
     }
     fn sync_dir(&self, path: &str) -> io::Result<()> {
-        if (self.forgets)(&format!("{path}/")) {
+        if (self.forgets)(&self.fs, &format!("{path}/")) {
             Ok(())
         } else {
             self.fs.sync_dir(path)
@@ -254,24 +253,44 @@ impl StoreFs for Forgetful {
     }
 }
 
+/// What a forgetful disk does not sync: files by name, folders by their name and a slash.
+type Forgets = fn(&SimFs, &str) -> bool;
+
+/// Whether the group's folder `path` has the files of an attempt that no manifest names yet.
+fn is_group_before_its_manifest(fs: &SimFs, path: &str) -> Option<bool> {
+    let folder = path
+        .strip_suffix('/')
+        .filter(|folder| folder.starts_with("g-") && !folder.contains('/'))?;
+    let entries = fs.list(folder).ok()?;
+    let count = |prefix: &str| {
+        entries
+            .iter()
+            .filter(|entry| entry.name.starts_with(prefix))
+            .count()
+    };
+    Some(count("a-") > count("m-"))
+}
+
+const MUTATIONS: [(&str, Forgets); 8] = [
+    ("segments", |_, path| path.ends_with(".segment")),
+    ("indexes", |_, path| path.ends_with(".index")),
+    ("manifests", |_, path| path.contains("/tmp-")),
+    ("the store's header", |_, path| path.starts_with("tmp-")),
+    ("the folder of the store", |_, path| path == "/"),
+    ("the folder of the attempt", |_, path| {
+        path.ends_with('/') && path.contains("/a-")
+    }),
+    ("the folder of the group before the manifest", |fs, path| {
+        is_group_before_its_manifest(fs, path) == Some(true)
+    }),
+    ("the folder of the group after the manifest", |fs, path| {
+        is_group_before_its_manifest(fs, path) == Some(false)
+    }),
+];
+
 #[test]
 fn every_sync_of_a_commit_is_needed() {
-    let depth = |path: &str| path.matches('/').count();
-    let mutations: [(&str, fn(&str) -> bool); 7] = [
-        ("segments", |path| path.ends_with(".segment")),
-        ("indexes", |path| path.ends_with(".index")),
-        ("manifests", |path| path.contains("/tmp-")),
-        ("the store's header", |path| path.starts_with("tmp-")),
-        ("the folder of the store", |path| path == "/"),
-        ("the folder of the group", |path| {
-            path.ends_with('/') && path.starts_with("g-") && !path.contains("/a-")
-        }),
-        ("the folder of the attempt", |path| {
-            path.ends_with('/') && path.contains("/a-")
-        }),
-    ];
-    assert_eq!(depth("g-x/a-y/"), 2);
-    for (what, forgets) in mutations {
+    for (what, forgets) in MUTATIONS {
         let noticed = cut_everywhere(&|fs| Arc::new(Forgetful { fs, forgets }), 12);
         assert!(
             noticed.is_err(),

@@ -58,6 +58,13 @@ impl Volumes {
         self.changed[volume].insert(block);
     }
 
+    /// Writes (volume, block, content) each.
+    pub(crate) fn write_all(&mut self, writes: &[(usize, u64, u64)]) {
+        for &(volume, block, content) in writes {
+            self.write(volume, block, content);
+        }
+    }
+
     pub(crate) fn blocks(&self, volume: usize) -> u64 {
         self.images[volume].len().div_ceil(BLOCK) as u64
     }
