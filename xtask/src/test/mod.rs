@@ -80,7 +80,12 @@ pub fn command(args: &Args) -> Result<i32> {
     });
     ledger.step("build of the model", || {
         let place = place::target().join("loom").display().to_string();
-        targets.extend(targets::build(&["--manifest-path", MODEL, "--target-dir", &place])?);
+        targets.extend(targets::build(&[
+            "--manifest-path",
+            MODEL,
+            "--target-dir",
+            &place,
+        ])?);
         Ok(())
     });
     if built {
