@@ -47,16 +47,26 @@ pub fn command(args: &Args) -> Result<i32> {
     ledger.step("setup", || setup::install(with_vm));
     ledger.step("eBPF object", || ebpf::build().map(drop));
     ledger.step("format", || {
-        cargo(&["fmt", "--all", "--check"], FORMAT_LIMIT)
+        cargo(&["fmt", "--all", "--check", "--", "-l"], FORMAT_LIMIT)
     });
     ledger.step("format of soe-ebpf", || {
         cargo(
-            &["fmt", "--manifest-path", "soe-ebpf/Cargo.toml", "--check"],
+            &[
+                "fmt",
+                "--manifest-path",
+                "soe-ebpf/Cargo.toml",
+                "--check",
+                "--",
+                "-l",
+            ],
             FORMAT_LIMIT,
         )
     });
     ledger.step("format of the model", || {
-        cargo(&["fmt", "--manifest-path", MODEL, "--check"], FORMAT_LIMIT)
+        cargo(
+            &["fmt", "--manifest-path", MODEL, "--check", "--", "-l"],
+            FORMAT_LIMIT,
+        )
     });
     ledger.step("lints", || {
         cargo(
