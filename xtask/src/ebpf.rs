@@ -117,7 +117,7 @@ mod tests {
     #[test]
     fn the_recipe_makes_a_bpf_object() {
         if toolchain::compiler().is_none() || toolchain::linker().is_none() {
-            println!("SKIP the_recipe_makes_a_bpf_object: this machine has no BPF toolchain");
+            println!("SKIPPED: this machine has no BPF toolchain");
             return;
         }
         let dir = tempfile::tempdir().unwrap();

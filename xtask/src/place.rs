@@ -17,12 +17,16 @@ pub fn root() -> PathBuf {
 /// Cargo's build directory, wherever the environment or a configuration file puts it.
 pub fn target() -> PathBuf {
     static TARGET: OnceLock<PathBuf> = OnceLock::new();
-    TARGET.get_or_init(|| ask_cargo().unwrap_or_else(|| root().join("target"))).clone()
+    TARGET
+        .get_or_init(|| ask_cargo().unwrap_or_else(|| root().join("target")))
+        .clone()
 }
 
 fn ask_cargo() -> Option<PathBuf> {
     let mut cargo = Command::new("cargo");
-    cargo.args(["metadata", "--no-deps", "--format-version", "1"]).current_dir(root());
+    cargo
+        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .current_dir(root());
     let text = run::output(&mut cargo, Duration::from_secs(60)).ok()?;
     let metadata: serde_json::Value = serde_json::from_str(&text).ok()?;
     metadata["target_directory"].as_str().map(PathBuf::from)

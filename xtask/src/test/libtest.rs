@@ -1,11 +1,10 @@
 //! What a test program's output says.
 //!
 //! Rust's test harness knows no "skipped at run time". A test that cannot do its work here prints a
-//! line `SKIP name: reason` and returns; it is counted as skipped, not as passed.
+//! line `SKIPPED: reason` and returns; it is counted as skipped, not as passed.
 
-/// The line a skipping test prints begins with this, on a line of its own or after the harness's
-/// `test name ... `.
-const SKIP: &str = "SKIP ";
+/// What a skipping test prints first, on a line of its own or behind the harness's `test name ... `.
+const SKIPPED: &str = "SKIPPED: ";
 
 /// What was counted in one program's output, or in several one after the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,11 +18,19 @@ pub struct Tally {
     /// Whether every program that began also gave its result.
     pub complete: bool,
     running: u64,
+    current: String,
 }
 
 impl Tally {
     /// Reads one more line.
     pub fn read(&mut self, line: &str) {
+        let text = match heading(line) {
+            Some((name, rest)) => {
+                self.current = name.to_owned();
+                rest
+            }
+            None => line,
+        };
         if line.starts_with("running ") && (line.ends_with(" tests") || line.ends_with(" test")) {
             self.running += 1;
         } else if let Some(result) = line.strip_prefix("test result: ") {
@@ -35,10 +42,11 @@ impl Tally {
                 self.skipped
                     .push("a test: it is marked #[ignore]".to_owned());
             }
-        } else if let Some(skip) = skip_of(line)
-            && !self.skipped.iter().any(|known| known == skip)
-        {
-            self.skipped.push(skip.to_owned());
+        } else if let Some(reason) = text.strip_prefix(SKIPPED) {
+            let skip = format!("{}: {reason}", self.current);
+            if !self.skipped.contains(&skip) {
+                self.skipped.push(skip);
+            }
         }
     }
 
@@ -54,12 +62,14 @@ impl Tally {
     }
 }
 
-fn skip_of(line: &str) -> Option<&str> {
-    if let Some(skip) = line.strip_prefix(SKIP) {
-        return Some(skip);
+/// The test whose output follows, and what is on the same line: `test name ... output` when output
+/// is not captured, `---- name stdout ----` when it was.
+fn heading(line: &str) -> Option<(&str, &str)> {
+    if let Some(rest) = line.strip_prefix("test ") {
+        return rest.split_once(" ... ");
     }
-    let rest = line.strip_prefix("test ")?;
-    rest.split_once(" ... ")?.1.strip_prefix(SKIP)
+    let name = line.strip_prefix("---- ")?.strip_suffix(" stdout ----")?;
+    Some((name, ""))
 }
 
 fn number_before(text: &str, word: &str) -> u64 {
@@ -85,13 +95,23 @@ mod tests {
     #[test]
     fn results_are_added_up() {
         let tally = tally(
-            "running 3 tests\ntest a ... ok\ntest b ... SKIP b: no loop device\nok\n\
+            "running 3 tests\ntest a ... ok\ntest b ... SKIPPED: no loop device\nok\n\
              test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.01s\n\
              running 1 test\ntest result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out\n",
         );
         assert_eq!((tally.passed, tally.failed), (2, 1));
         assert_eq!(tally.skipped, ["b: no loop device"]);
         assert!(tally.complete);
+    }
+
+    #[test]
+    fn a_skip_in_captured_output_is_told_by_its_heading() {
+        let tally = tally(
+            "running 1 test\ntest a ... ok\n\nsuccesses:\n\n---- a stdout ----\nSKIPPED: not root\n\n\
+             test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n",
+        );
+        assert_eq!(tally.skipped, ["a: not root"]);
+        assert_eq!(tally.passed, 0);
     }
 
     #[test]

@@ -18,6 +18,8 @@ use self::targets::{Class, Target};
 use crate::vm::{self, Verdict};
 use crate::{ebpf, place, run, setup};
 
+/// The model of the mark/cut protocol, which is a workspace of its own.
+const MODEL: &str = "tests/loom/Cargo.toml";
 const FORMAT_LIMIT: Duration = Duration::from_secs(120);
 const LINT_LIMIT: Duration = Duration::from_secs(1800);
 const DOCTEST_LIMIT: Duration = Duration::from_secs(900);
@@ -45,11 +47,24 @@ pub fn command(args: &Args) -> Result<i32> {
     ledger.step("setup", || setup::install(with_vm));
     ledger.step("eBPF object", || ebpf::build().map(drop));
     ledger.step("format", || {
-        cargo(&["fmt", "--all", "--check"], FORMAT_LIMIT)
+        cargo(&["fmt", "--all", "--check", "--", "-l"], FORMAT_LIMIT)
     });
     ledger.step("format of soe-ebpf", || {
         cargo(
-            &["fmt", "--manifest-path", "soe-ebpf/Cargo.toml", "--check"],
+            &[
+                "fmt",
+                "--manifest-path",
+                "soe-ebpf/Cargo.toml",
+                "--check",
+                "--",
+                "-l",
+            ],
+            FORMAT_LIMIT,
+        )
+    });
+    ledger.step("format of the model", || {
+        cargo(
+            &["fmt", "--manifest-path", MODEL, "--check", "--", "-l"],
             FORMAT_LIMIT,
         )
     });
@@ -73,14 +88,24 @@ pub fn command(args: &Args) -> Result<i32> {
         targets = targets::build(&["--workspace"])?;
         Ok(())
     });
+    ledger.step("build of the model", || {
+        let place = place::target().join("loom").display().to_string();
+        targets.extend(targets::build(&[
+            "--manifest-path",
+            MODEL,
+            "--target-dir",
+            &place,
+        ])?);
+        Ok(())
+    });
     if built {
-        run_targets(&mut ledger, &targets, args);
         ledger.step("documentation tests", || {
             cargo(&["test", "--quiet", "--workspace", "--doc"], DOCTEST_LIMIT)
         });
     } else {
-        ledger.skip("all tests", "they could not be built");
+        ledger.skip("tests of the workspace", "they could not be built");
     }
+    run_targets(&mut ledger, &targets, args);
     Ok(ledger.close(began.elapsed()))
 }
 

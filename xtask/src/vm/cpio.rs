@@ -107,7 +107,7 @@ mod tests {
         assert_eq!(text.matches("hello").count(), 1);
         assert!(!text.contains("wins"));
         if crate::place::program("cpio").is_none() {
-            println!("SKIP cpio_reads_what_is_written: cpio is not installed");
+            println!("SKIPPED: cpio is not installed");
             return;
         }
         let dir = tempfile::tempdir().unwrap();

@@ -2,13 +2,11 @@
 //! itself, up to a bound on preemptions; and each of its rules taken away in turn, which must be
 //! noticed.
 
-mod model;
-
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use model::{Agent, CPUS, Cut, Missed, Rules, World, Write, write};
+use soe_loom::{Agent, CPUS, Cut, Missed, Rules, World, Write, write};
 
 /// A handful of writes, and what the agent does beside them.
 struct Scenario {
