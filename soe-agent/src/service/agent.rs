@@ -93,6 +93,8 @@ pub struct Agent {
     pub(super) watch: broadcast::Sender<WatchItem>,
     pub(super) stopping: AtomicBool,
     pub(super) ready: AtomicBool,
+    /// Held by the capture that is under way.
+    pub(super) capture_turn: Mutex<()>,
     /// Whether a volume is being recorded.
     pub(super) recording: Mutex<bool>,
     /// Jobs on threads of their own, joined at the end.
@@ -189,6 +191,7 @@ impl Agent {
             watch,
             stopping: AtomicBool::new(false),
             ready: AtomicBool::new(false),
+            capture_turn: Mutex::new(()),
             recording: Mutex::new(false),
             jobs: Mutex::default(),
             config,

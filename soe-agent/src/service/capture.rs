@@ -48,9 +48,13 @@ impl Agent {
     /// Captures a layer of every volume of `group` on this thread, and tells the brain, the callers
     /// that wait, and the watchers.
     pub(super) fn run_capture(self: &Arc<Self>, group: &str, kind: CaptureKind, hints: CaptureHints) {
+        // One capture at a time: the guard is prepared for one group's filesystems, and two copies at
+        // once would only slow each other and the foreground.
+        let turn = lock(&self.capture_turn);
         self.apply(Event::CaptureStarted { group: group.into() });
         let began = self.clock.monotonic();
         let outcome = self.capture(group, kind, hints);
+        drop(turn);
         let took = self.clock.monotonic() - began;
         let kind_name = match kind {
             CaptureKind::Baseline => "baseline",
