@@ -18,11 +18,17 @@ pub mod select;
 
 pub mod ranges;
 
+mod volume;
+
+mod pace;
+
 pub mod attempt;
 
 pub mod run;
 
 pub mod sink;
+
+pub mod store_sink;
 
 pub mod freezer;
 
@@ -41,7 +47,10 @@ pub use guard_client::{FreezeGuard, GuardFreezer};
 pub use run::capture_group;
 pub use select::PathSettling;
 pub use sink::{LayerSink, SinkError, VolumePlan};
+pub use store_sink::{StoreSink, StoreVolume, base_of};
 pub use types::{
     CaptureParts, CapturePolicy, CaptureRequest, CutRecord, GroupCut, LayerKind, Level, Method,
     VolumeCut, VolumeParts,
 };
+/// The identity of a generation.
+pub use uuid::Uuid;
