@@ -1,6 +1,6 @@
 //! Whole captures of a mounted ext4 on this machine's kernel, through the freeze guard and io_uring.
 //! The change map is a crude one made from the device's own statistics (everything is changed), so
-//! that this needs no eBPF. Needs root; says so and passes otherwise.
+//! that this needs no eBPF. Needs root; otherwise they are skipped, with the reason.
 
 mod host;
 

@@ -1,5 +1,5 @@
 //! The freeze guard and the readers on this machine's kernel: loop devices with ext4, made and
-//! removed here. Needs root; says so and passes otherwise.
+//! removed here. Needs root; otherwise they are skipped, with the reason.
 
 mod host;
 

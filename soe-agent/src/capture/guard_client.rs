@@ -234,7 +234,8 @@ impl GuardFreezer<'_> {
 impl Drop for GuardFreezer<'_> {
     /// Lets the guard close the mount points: open ones could not be unmounted.
     fn drop(&mut self) {
-        let line = self.guard.line();
+        let mut line = self.guard.line();
+        line.prepared += 1;
         let released = marker::create(self.guard.marker.as_deref(), &[])
             .and_then(|page| send(&line.socket, &Ask::Prepare(Vec::new()).encode(), &[page.as_fd()]))
             .and_then(|()| answer(&line.socket));

@@ -28,8 +28,6 @@ pub mod run;
 
 pub mod sink;
 
-pub mod store_sink;
-
 pub mod freezer;
 
 pub mod mounts;
@@ -47,7 +45,6 @@ pub use guard_client::{FreezeGuard, GuardFreezer};
 pub use run::capture_group;
 pub use select::PathSettling;
 pub use sink::{LayerSink, SinkError, VolumePlan};
-pub use store_sink::{StoreSink, StoreVolume, base_of};
 pub use types::{
     CaptureParts, CapturePolicy, CaptureRequest, CutRecord, GroupCut, LayerKind, Level, Method,
     VolumeCut, VolumeParts,

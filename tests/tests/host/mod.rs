@@ -42,11 +42,11 @@ pub fn text(path: &Path) -> &str {
 /// Whether this can run here; prints why not.
 pub fn can_run() -> bool {
     if !rustix::process::geteuid().is_root() {
-        println!("skipped: needs root for loop devices and freezing");
+        println!("SKIPPED: needs root for loop devices and freezing");
         return false;
     }
     if !Path::new("/dev/loop-control").exists() {
-        println!("skipped: this kernel has no loop devices");
+        println!("SKIPPED: this kernel has no loop devices");
         return false;
     }
     true
