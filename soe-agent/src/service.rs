@@ -1,5 +1,7 @@
 //! Wires the agent: the only place that builds concrete parts.
 
+use crate::api::server::ApiError;
+use crate::api::socket::SocketError;
 use crate::config::Config;
 
 /// Why the daemon ended.
@@ -7,10 +9,26 @@ use crate::config::Config;
 pub enum ServiceError {
     /// The surface could not be served.
     #[error(transparent)]
-    Api(#[from] crate::api::server::ApiError),
+    Api(#[from] ApiError),
+    /// This build has no engine to serve.
+    #[error("this build of the agent serves nothing yet; use the offline verbs")]
+    NoEngine,
+}
+
+impl ServiceError {
+    /// Whether the daemon refused for safety's sake (exit code 4).
+    pub fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Api(ApiError::Socket(SocketError::InUse { .. } | SocketError::OpenFolder { .. }))
+        )
+    }
 }
 
 /// Runs the daemon until it is told to stop.
+///
+/// # Errors
+/// [`ServiceError`] when it cannot start, or ended by itself.
 pub fn run(_config: Config) -> Result<(), ServiceError> {
-    Ok(())
+    Err(ServiceError::NoEngine)
 }

@@ -128,16 +128,24 @@ impl Config {
                 ),
             ));
         }
-        if self.model.season < 2 * self.model.bin {
-            return Err(at("model", "season", "must hold at least two bins of model.bin".into()));
-        }
-        if self.plan.horizon < self.model.bin {
-            return Err(at("plan", "horizon", "must hold at least one bin of model.bin".into()));
-        }
-        if self.plan.low_window > self.plan.horizon {
-            return Err(at("plan", "low_window", "must not be longer than plan.horizon".into()));
+        if let Err(why) = self.season_bins() {
+            return Err(at("model", "season", why));
         }
         Ok(())
+    }
+
+    /// Bins in a season, 8 to 100,000. The error says what is wrong with the two keys.
+    pub fn season_bins(&self) -> Result<usize, String> {
+        let (season, bin) = (self.model.season.as_nanos(), self.model.bin.as_nanos());
+        let bins = season.checked_div(bin).filter(|bins| bins * bin == season);
+        let bins = bins.and_then(|bins| usize::try_from(bins).ok()).filter(|bins| (8..=100_000).contains(bins));
+        bins.ok_or_else(|| {
+            format!(
+                "{} is not 8 to 100000 whole bins of model.bin ({})",
+                units::format_duration(self.model.season),
+                units::format_duration(self.model.bin)
+            )
+        })
     }
 
     /// `[agent] state_dir`, else what systemd's `StateDirectory=` gave, else `/var/lib/soe`.

@@ -14,7 +14,8 @@ pub const LIVE: &[&str] = &[
     "history.retention",
     "host",
     "limits",
-    "plan",
+    "plan.max_pause",
+    "plan.rpo",
     "staging.budget",
     "store.compression",
 ];

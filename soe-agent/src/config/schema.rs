@@ -43,8 +43,7 @@ duration_within!(tick, Duration::from_millis(50), HOUR);
 duration_within!(bin, Duration::from_millis(100), HOUR);
 duration_within!(season, SECOND, 31 * DAY);
 duration_within!(train_every, SECOND, 31 * DAY);
-duration_within!(horizon, SECOND, 7 * DAY);
-duration_within!(low_window, Duration::from_millis(100), DAY);
+duration_within!(train_after, SECOND, 62 * DAY);
 duration_within!(rpo, SECOND, 30 * DAY);
 duration_within!(max_pause, Duration::from_millis(1), 10 * SECOND);
 duration_within!(baseline_every, SECOND, 3650 * DAY);
@@ -53,6 +52,7 @@ size_within!(event_bytes, KIB, 64 * MIB);
 size_within!(disk_size, 16 * MIB, 1024 * TIB);
 size_within!(staging_budget, MIB, 64 * TIB);
 size_within!(memory, 64 * MIB, TIB);
+size_within!(idle, 0, GIB);
 size_within!(map_memory, MIB, 64 * GIB);
 
 fn block_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
@@ -71,15 +71,7 @@ fn cpu<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Ok(cores)
 }
 
-fn max_chain<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
-    let layers = u32::deserialize(deserializer)?;
-    if !(1..=10_000).contains(&layers) {
-        return Err(de::Error::custom(format!("{layers} is out of range; use 1 to 10000 layers")));
-    }
-    Ok(layers)
-}
-
-fn quantile<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     let share = f64::deserialize(deserializer)?;
     if !(0.01..=0.99).contains(&share) {
         return Err(de::Error::custom(format!("{share} is out of range; use 0.01 to 0.99")));
@@ -426,9 +418,12 @@ pub struct Model {
     /// Length of the bins that are forecast; `history.interval` to 1 h.
     #[serde(deserialize_with = "bin", serialize_with = "units::duration::serialize")]
     pub bin: Duration,
-    /// The period after which load is expected to repeat; two bins to 31 d.
+    /// The period after which load is expected to repeat; 8 to 100000 whole bins, at most 31 d.
     #[serde(deserialize_with = "season", serialize_with = "units::duration::serialize")]
     pub season: Duration,
+    /// History needed before the first training; 1 s to 62 d.
+    #[serde(deserialize_with = "train_after", serialize_with = "units::duration::serialize")]
+    pub train_after: Duration,
     /// How often the network is trained; 1 s to 31 d.
     #[serde(deserialize_with = "train_every", serialize_with = "units::duration::serialize")]
     pub train_every: Duration,
@@ -438,7 +433,7 @@ pub struct Model {
 
 impl Default for Model {
     fn default() -> Self {
-        Self { bin: 300 * SECOND, season: DAY, train_every: DAY, seed: 1 }
+        Self { bin: 300 * SECOND, season: DAY, train_after: 2 * DAY, train_every: DAY, seed: 1 }
     }
 }
 
@@ -449,17 +444,14 @@ pub struct Plan {
     /// How often the planner looks; 50 ms to 1 h.
     #[serde(deserialize_with = "tick", serialize_with = "units::duration::serialize")]
     pub tick: Duration,
-    /// How far ahead it looks; one bin to 7 d.
-    #[serde(deserialize_with = "horizon", serialize_with = "units::duration::serialize")]
-    pub horizon: Duration,
-    /// Length of a quiet window to capture in; 100 ms to `horizon`.
-    #[serde(deserialize_with = "low_window", serialize_with = "units::duration::serialize")]
-    pub low_window: Duration,
-    /// The quantile of forecast load that a quiet window minimises; 0.01 to 0.99.
-    #[serde(deserialize_with = "quantile")]
-    pub quantile: f64,
+    /// Load, in bytes a second, below which a volume is idle whatever the forecast; 0 to 1 GiB.
+    #[serde(deserialize_with = "idle", serialize_with = "units::size::serialize")]
+    pub idle: u64,
+    /// Share of the RPO before which no new layer is taken; 0.01 to 0.99.
+    #[serde(deserialize_with = "share")]
+    pub earliest: f64,
     /// Probability of a burst above which blocks are staged; 0.01 to 0.99.
-    #[serde(deserialize_with = "quantile")]
+    #[serde(deserialize_with = "share")]
     pub stage_above: f64,
     /// Age that the newest layer should not exceed; 1 s to 30 d.
     #[serde(deserialize_with = "rpo", serialize_with = "units::duration::serialize")]
@@ -467,26 +459,21 @@ pub struct Plan {
     /// Longest pause of writes that a cut may cause; 1 ms to 10 s.
     #[serde(deserialize_with = "max_pause", serialize_with = "units::duration::serialize")]
     pub max_pause: Duration,
-    /// Age of the newest baseline after which quiet time is used for another; 1 s to 3650 d.
+    /// Age of the newest baseline after which a long quiet time is used for another; 1 s to 3650 d.
     #[serde(deserialize_with = "baseline_every", serialize_with = "units::duration::serialize")]
     pub baseline_every: Duration,
-    /// Differentials on one baseline after which the next layer is a baseline; 1 to 10000.
-    #[serde(deserialize_with = "max_chain")]
-    pub max_chain: u32,
 }
 
 impl Default for Plan {
     fn default() -> Self {
         Self {
             tick: SECOND,
-            horizon: HOUR,
-            low_window: 60 * SECOND,
-            quantile: 0.8,
+            idle: 64 * KIB,
+            earliest: 0.5,
             stage_above: 0.5,
             rpo: 900 * SECOND,
             max_pause: Duration::from_millis(100),
             baseline_every: 7 * DAY,
-            max_chain: 500,
         }
     }
 }

@@ -117,8 +117,8 @@ fn mistakes_name_the_line() {
         ("[tracking]\nblock_size = \"48KiB\"\n", "soe.toml:2: tracking.block_size: 48KiB is not a power of two"),
         ("[[event.source]]\ntype = \"systemd\"\n", "soe.toml:2: event.source.type: this version does not support the source \"systemd\";"),
         ("[[host.app]]\ntype = \"postgres\"\n", "soe.toml:1: host.app: missing field `cgroup`"),
-        ("[plan]\nlow_window = \"2h\"\n", "soe.toml:2: plan.low_window: must not be longer than plan.horizon"),
-        ("[model]\nseason = \"1m\"\nbin = \"50s\"\n", "soe.toml:2: model.season: must hold at least two bins"),
+        ("[plan]\nearliest = 1\n", "soe.toml:2: plan.earliest: 1 is out of range; use 0.01 to 0.99"),
+        ("[model]\nseason = \"1m\"\nbin = \"50s\"\n", "soe.toml:2: model.season: 1m is not 8 to 100000 whole bins of model.bin (50s)"),
         ("[agent]\nlog = \"info\"\nlog = \"warn\"\n", "soe.toml:3: duplicate key"),
         ("[agent\n", "soe.toml:1: "),
     ];
