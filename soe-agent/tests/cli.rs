@@ -25,7 +25,10 @@ const VERBS: &[(&[&str], bool)] = &[
     (&["layer", "show", "x"], true),
     (&["layer", "diff", "db", "--volume", "v", "a", "b"], true),
     (&["layer", "verify", "db"], true),
-    (&["restore", "db", "--volume", "v", "--to", "/nonexistent/x"], true),
+    (
+        &["restore", "db", "--volume", "v", "--to", "/nonexistent/x"],
+        true,
+    ),
     (&["stage", "status", "v"], true),
     (&["stage", "now", "v"], true),
     (&["stage", "drop", "v"], true),
@@ -37,9 +40,31 @@ const VERBS: &[(&[&str], bool)] = &[
     (&["agent"], false),
     (&["doctor"], false),
     (&["sql", "SELECT 1"], false),
-    (&["trace", "import", "--format", "csv", "x", "--volume", "v", "--out", "/nonexistent/y"], false),
+    (
+        &[
+            "trace",
+            "import",
+            "--format",
+            "csv",
+            "x",
+            "--volume",
+            "v",
+            "--out",
+            "/nonexistent/y",
+        ],
+        false,
+    ),
     (&["trace", "export", "--history", "/nonexistent/y"], false),
-    (&["simulate", "--history", "/nonexistent/y", "--out", "/nonexistent/z"], false),
+    (
+        &[
+            "simulate",
+            "--history",
+            "/nonexistent/y",
+            "--out",
+            "/nonexistent/z",
+        ],
+        false,
+    ),
     (&["audit"], false),
     (&["completions", "bash"], false),
     (&["man", "--out", "x"], false),
@@ -71,7 +96,10 @@ fn every_verb_tells_its_version() {
         args.push("--version");
         let output = soe(&args);
         assert_eq!(output.status.code(), Some(0), "{args:?}");
-        assert!(text(&output.stdout).contains(env!("CARGO_PKG_VERSION")), "{args:?}");
+        assert!(
+            text(&output.stdout).contains(env!("CARGO_PKG_VERSION")),
+            "{args:?}"
+        );
     }
 }
 
@@ -85,7 +113,12 @@ fn every_verb_refuses_what_it_does_not_know() {
         assert!(output.stdout.is_empty(), "{args:?}");
         assert!(text(&output.stderr).starts_with("error: "), "{args:?}");
     }
-    for args in [&[][..], &["no-such-verb"], &["group"], &["group", "no-such-verb"]] {
+    for args in [
+        &[][..],
+        &["no-such-verb"],
+        &["group"],
+        &["group", "no-such-verb"],
+    ] {
         assert_eq!(soe(args).status.code(), Some(2), "{args:?}");
     }
 }
@@ -102,11 +135,23 @@ fn without_a_daemon_clients_say_how_to_start_it() {
     // The option wins over the environment, the environment over the default.
     let output = soe_with(&["volumes"], |c| drop(c.env("SOE_ENDPOINT", &endpoint)));
     fails(&output, 3, &endpoint);
-    fails(&soe(&["volumes", "--endpoint", "http://localhost:1"]), 2, "is not unix: and an absolute path");
+    fails(
+        &soe(&["volumes", "--endpoint", "http://localhost:1"]),
+        2,
+        "is not unix: and an absolute path",
+    );
     // A socket that nobody serves any more.
     let stale = dir.path().join("stale.sock");
     drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
-    fails(&soe(&["volumes", "--endpoint", &format!("unix:{}", stale.display())]), 3, "Connection refused");
+    fails(
+        &soe(&[
+            "volumes",
+            "--endpoint",
+            &format!("unix:{}", stale.display()),
+        ]),
+        3,
+        "Connection refused",
+    );
 }
 
 #[test]
@@ -114,87 +159,207 @@ fn each_kind_of_error_has_its_exit_code() {
     let daemon = Daemon::start();
     for kind in ErrorKind::ALL {
         daemon.engine.fail_next(*kind, "it failed\nbadly");
-        fails(&daemon.soe(&["volumes"]), i32::from(kind.exit_code()), "it failed badly");
+        fails(
+            &daemon.soe(&["volumes"]),
+            i32::from(kind.exit_code()),
+            "it failed badly",
+        );
     }
 }
 
 #[test]
 fn json_has_stable_names() {
     let daemon = Daemon::start();
-    let names = |value: &Value| -> BTreeSet<String> { value.as_object().unwrap().keys().cloned().collect() };
+    let names = |value: &Value| -> BTreeSet<String> {
+        value.as_object().unwrap().keys().cloned().collect()
+    };
     let all = |list: &[&str]| -> BTreeSet<String> { list.iter().map(|s| s.to_string()).collect() };
-    let group = daemon.json(&["group", "create", "db", "--volume", "/dev/loop0", "--volume", "/dev/loop1"]);
+    let group = daemon.json(&[
+        "group",
+        "create",
+        "db",
+        "--volume",
+        "/dev/loop0",
+        "--volume",
+        "/dev/loop1",
+    ]);
     assert_eq!(
         names(&group),
         all(&[
-            "group", "prediction_enabled", "rpo_s", "max_pause_us", "p99_target_us", "app", "criticality",
-            "created_at", "missed_pause_budgets", "last_error", "hosts", "volumes"
+            "group",
+            "prediction_enabled",
+            "rpo_s",
+            "max_pause_us",
+            "p99_target_us",
+            "app",
+            "criticality",
+            "created_at",
+            "missed_pause_budgets",
+            "last_error",
+            "hosts",
+            "volumes"
         ])
     );
     assert_eq!(daemon.json(&["group", "status", "db"]), group);
     assert_eq!(daemon.json(&["group", "list"]), json!({"groups": [group]}));
     let layers = daemon.json(&["layer", "list", "db", "--volume", "/dev/loop0"]);
     let listed = layers["layers"].as_array().unwrap();
-    assert_eq!(listed.iter().map(|l| l["sequence"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2], "oldest first");
+    assert_eq!(
+        listed
+            .iter()
+            .map(|l| l["sequence"].as_u64().unwrap())
+            .collect::<Vec<_>>(),
+        [1, 2],
+        "oldest first"
+    );
     assert_eq!(
         names(&listed[0]),
         all(&[
-            "id", "group", "volume", "sequence", "kind", "level", "method", "pause_us", "skew_us", "changed_blocks",
-            "block_size_bytes", "bytes_read", "bytes_stored", "started_at", "cut_at", "finished_at", "generation",
-            "epoch", "rescan_reason", "volume_bytes", "state_root"
+            "id",
+            "group",
+            "volume",
+            "sequence",
+            "kind",
+            "level",
+            "method",
+            "pause_us",
+            "skew_us",
+            "changed_blocks",
+            "block_size_bytes",
+            "bytes_read",
+            "bytes_stored",
+            "started_at",
+            "cut_at",
+            "finished_at",
+            "generation",
+            "epoch",
+            "rescan_reason",
+            "volume_bytes",
+            "state_root"
         ])
     );
-    assert_eq!(daemon.json(&["layer", "capture", "db"])["layers"].as_array().unwrap().len(), 2);
-    assert_eq!(daemon.json(&["layer", "show", "x"])["compression"], "zstd:1");
+    assert_eq!(
+        daemon.json(&["layer", "capture", "db"])["layers"]
+            .as_array()
+            .unwrap()
+            .len(),
+        2
+    );
+    assert_eq!(
+        daemon.json(&["layer", "show", "x"])["compression"],
+        "zstd:1"
+    );
     assert_eq!(daemon.json(&["stage", "status", "v"])["hit_ratio"], 0.5);
     assert_eq!(daemon.json(&["forecast", "v"])["points"][0]["q99"], 6.0);
-    assert_eq!(daemon.json(&["model", "show", "v"])["members"][0]["member"], "ewma");
+    assert_eq!(
+        daemon.json(&["model", "show", "v"])["members"][0]["member"],
+        "ewma"
+    );
     assert_eq!(daemon.json(&["model", "train"])["training_samples"], 1000);
     assert_eq!(daemon.json(&["volumes"])["volumes"][0]["kind"], "loop");
-    assert_eq!(daemon.json(&["trace", "record", "v", "--for", "1s"])["dropped"], 1);
-    assert_eq!(daemon.json(&["group", "update", "db", "--rpo", "5m"])["rpo_s"], 300);
+    assert_eq!(
+        daemon.json(&["trace", "record", "v", "--for", "1s"])["dropped"],
+        1
+    );
+    assert_eq!(
+        daemon.json(&["group", "update", "db", "--rpo", "5m"])["rpo_s"],
+        300
+    );
     let top = daemon.json(&["top", "--count", "1"]);
     assert_eq!(names(&top), all(&["groups", "load"]));
-    assert_eq!(daemon.json(&["group", "delete", "db", "--delete-layers"]), json!({"group": "db", "layers_deleted": 5}));
+    assert_eq!(
+        daemon.json(&["group", "delete", "db", "--delete-layers"]),
+        json!({"group": "db", "layers_deleted": 5})
+    );
 }
 
 #[test]
 fn tables_are_plain_when_nobody_watches() {
     let daemon = Daemon::start();
     daemon.json(&["group", "create", "db", "--volume", "/dev/loop0"]);
-    for args in [&["volumes"][..], &["group", "list"], &["group", "status", "db"], &["layer", "list", "db"],
-        &["layer", "show", "x"], &["forecast", "v"], &["forecast", "v", "--plot"], &["model", "show"],
-        &["stage", "status", "v"], &["events", "list"], &["top", "--count", "2", "--interval", "100ms"]]
-    {
+    for args in [
+        &["volumes"][..],
+        &["group", "list"],
+        &["group", "status", "db"],
+        &["layer", "list", "db"],
+        &["layer", "show", "x"],
+        &["forecast", "v"],
+        &["forecast", "v", "--plot"],
+        &["model", "show"],
+        &["stage", "status", "v"],
+        &["events", "list"],
+        &["top", "--count", "2", "--interval", "100ms"],
+    ] {
         let output = daemon.soe(args);
-        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            text(&output.stderr)
+        );
         let table = text(&output.stdout);
-        assert!(!table.is_empty() && !table.contains('\x1b'), "{args:?}: {table}");
+        assert!(
+            !table.is_empty() && !table.contains('\x1b'),
+            "{args:?}: {table}"
+        );
     }
     let table = text(&daemon.soe(&["layer", "list", "db"]).stdout);
-    assert!(table.contains("differential") && table.contains("32.0 ms"), "{table}");
+    assert!(
+        table.contains("differential") && table.contains("32.0 ms"),
+        "{table}"
+    );
 }
 
 #[test]
 fn arguments_reach_the_engine_as_meant() {
     let daemon = Daemon::start();
     let args = [
-        "group", "create", "db", "--volume", "sda", "/dev/sdb", "--volume", "./disk.img", "--prediction", "off",
-        "--rpo", "15m", "--max-pause", "250ms", "--p99-target", "5ms", "--app", "postgres", "--criticality", "high",
+        "group",
+        "create",
+        "db",
+        "--volume",
+        "sda",
+        "/dev/sdb",
+        "--volume",
+        "./disk.img",
+        "--prediction",
+        "off",
+        "--rpo",
+        "15m",
+        "--max-pause",
+        "250ms",
+        "--p99-target",
+        "5ms",
+        "--app",
+        "postgres",
+        "--criticality",
+        "high",
     ];
     assert!(daemon.soe(&args).status.success());
     let spec = daemon.engine.last_spec.lock().unwrap().clone().unwrap();
     assert_eq!(spec.volumes[..2], ["sda", "/dev/sdb"]);
     assert!(spec.volumes[2].starts_with('/') && spec.volumes[2].ends_with("/disk.img"));
     assert!(!spec.prediction_enabled);
-    assert_eq!((spec.rpo_s, spec.max_pause_us, spec.p99_target_us), (Some(900), Some(250_000), Some(5_000)));
-    assert_eq!((spec.app.as_deref(), spec.criticality), (Some("postgres"), Criticality::High));
+    assert_eq!(
+        (spec.rpo_s, spec.max_pause_us, spec.p99_target_us),
+        (Some(900), Some(250_000), Some(5_000))
+    );
+    assert_eq!(
+        (spec.app.as_deref(), spec.criticality),
+        (Some("postgres"), Criticality::High)
+    );
 
-    for (args, kind) in [(&["layer", "capture", "db"][..], None),
+    for (args, kind) in [
+        (&["layer", "capture", "db"][..], None),
         (&["layer", "capture", "db", "--kind", "auto"], None),
-        (&["layer", "capture", "db", "--kind", "baseline"], Some(LayerKind::Baseline)),
-        (&["layer", "capture", "db", "--kind", "differential"], Some(LayerKind::Differential))]
-    {
+        (
+            &["layer", "capture", "db", "--kind", "baseline"],
+            Some(LayerKind::Baseline),
+        ),
+        (
+            &["layer", "capture", "db", "--kind", "differential"],
+            Some(LayerKind::Differential),
+        ),
+    ] {
         assert!(daemon.soe(args).status.success());
         assert_eq!(daemon.engine.last_kind.lock().unwrap().take(), Some(kind));
     }
@@ -203,17 +368,27 @@ fn arguments_reach_the_engine_as_meant() {
         let mut args = vec!["restore", "db", "--volume", "v", "--to", "image"];
         args.extend(extra);
         let output = soe_with(&args, |c| {
-            c.env("SOE_ENDPOINT", daemon.endpoint()).current_dir(daemon.dir.path());
+            c.env("SOE_ENDPOINT", daemon.endpoint())
+                .current_dir(daemon.dir.path());
         });
         assert!(output.status.success(), "{}", text(&output.stderr));
         daemon.engine.last_restore.lock().unwrap().take().unwrap()
     };
     let plain = restore(&[]);
     assert_eq!(plain.target, daemon.dir.path().join("image"));
-    assert_eq!((plain.point, plain.differential), (RestorePoint::Latest, false));
+    assert_eq!(
+        (plain.point, plain.differential),
+        (RestorePoint::Latest, false)
+    );
     assert_eq!(restore(&["--layer", "latest"]).point, RestorePoint::Latest);
-    assert_eq!(restore(&["--layer", "x", "--differential"]).point, RestorePoint::Layer("x".into()));
-    assert_eq!(restore(&["--at", "1970-01-01T00:00:01+00:00"]).point, RestorePoint::At(1_000_000_000));
+    assert_eq!(
+        restore(&["--layer", "x", "--differential"]).point,
+        RestorePoint::Layer("x".into())
+    );
+    assert_eq!(
+        restore(&["--at", "1970-01-01T00:00:01+00:00"]).point,
+        RestorePoint::At(1_000_000_000)
+    );
 }
 
 #[test]
@@ -223,24 +398,75 @@ fn bad_arguments_are_wrong_usage() {
         &["group", "create", "db", "--volume", "v", "--rpo", "soon"][..],
         &["group", "create", "db", "--volume", "v", "--rpo", "1500ms"],
         &["group", "create", "db", "--volume", "v", "--rpo", "0s"],
-        &["group", "create", "db", "--volume", "v", "--criticality", "extreme"],
-        &["group", "create", "db", "--volume", "v", "--prediction", "maybe"],
+        &[
+            "group",
+            "create",
+            "db",
+            "--volume",
+            "v",
+            "--criticality",
+            "extreme",
+        ],
+        &[
+            "group",
+            "create",
+            "db",
+            "--volume",
+            "v",
+            "--prediction",
+            "maybe",
+        ],
         &["group", "create", "../db", "--volume", "v"],
         &["group", "create", "db", "--volume", "v", "--volume", "v"],
         &["group", "create", "db"],
         &["group", "update", "db"],
         &["layer", "capture", "db", "--kind", "fuzzy"],
-        &["restore", "db", "--volume", "v", "--to", "x", "--at", "yesterday"],
-        &["restore", "db", "--volume", "v", "--to", "x", "--at", "2026-01-01T00:00:00Z", "--layer", "y"],
+        &[
+            "restore",
+            "db",
+            "--volume",
+            "v",
+            "--to",
+            "x",
+            "--at",
+            "yesterday",
+        ],
+        &[
+            "restore",
+            "db",
+            "--volume",
+            "v",
+            "--to",
+            "x",
+            "--at",
+            "2026-01-01T00:00:00Z",
+            "--layer",
+            "y",
+        ],
         &["restore", "db", "--volume", "v"],
         &["forecast", "v", "--horizon", "1ns"],
         &["trace", "record", "v", "--for", "1us"],
-        &["trace", "import", "--format", "blktrace", "x", "--volume", "v", "--out", "/tmp/never-made"],
+        &[
+            "trace",
+            "import",
+            "--format",
+            "blktrace",
+            "x",
+            "--volume",
+            "v",
+            "--out",
+            "/tmp/never-made",
+        ],
         &["top", "--interval", "1ms"],
         &["events", "list", "--limit", "0"],
     ] {
         let output = daemon.soe(args);
-        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", text(&output.stderr));
+        assert_eq!(
+            output.status.code(),
+            Some(2),
+            "{args:?}: {}",
+            text(&output.stderr)
+        );
         assert!(!text(&output.stderr).contains("panicked"), "{args:?}");
     }
     assert!(daemon.engine.last_spec.lock().unwrap().is_none());
@@ -251,12 +477,18 @@ fn verification_that_finds_something_is_an_integrity_failure() {
     let daemon = Daemon::start();
     daemon.json(&["group", "create", "db", "--volume", "/dev/loop0"]);
     let clean = daemon.json(&["layer", "verify", "db"]);
-    assert_eq!(clean, json!({"layers": 2, "blocks": 3, "bytes": 10, "problems": []}));
+    assert_eq!(
+        clean,
+        json!({"layers": 2, "blocks": 3, "bytes": 10, "problems": []})
+    );
     *daemon.engine.problems.lock().unwrap() = vec!["block 7 does not match its hash".into()];
     let output = daemon.soe(&["layer", "verify", "db", "--json"]);
     assert_eq!(output.status.code(), Some(5));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["problems"][0]["what"], "block 7 does not match its hash");
+    assert_eq!(
+        report["problems"][0]["what"],
+        "block 7 does not match its hash"
+    );
 }
 
 #[test]
@@ -267,7 +499,11 @@ fn a_difference_is_one_document_however_long() {
     let extents = diff["extents"].as_array().unwrap();
     assert_eq!(extents.len(), 10_001);
     assert_eq!(extents[1], json!({"offset": 131_072, "len": 65_536}));
-    let plain = text(&daemon.soe(&["layer", "diff", "db", "--volume", "v", "a", "b"]).stdout);
+    let plain = text(
+        &daemon
+            .soe(&["layer", "diff", "db", "--volume", "v", "a", "b"])
+            .stdout,
+    );
     assert_eq!(plain.lines().count(), 10_002);
 }
 
@@ -275,14 +511,29 @@ fn a_difference_is_one_document_however_long() {
 fn a_closed_pipe_is_no_panic() {
     let daemon = Daemon::start();
     let mut child = Command::new(env!("CARGO_BIN_EXE_soe"))
-        .args(["layer", "diff", "db", "--volume", "v", "a", "b", "--endpoint", &daemon.endpoint()])
+        .args([
+            "layer",
+            "diff",
+            "db",
+            "--volume",
+            "v",
+            "a",
+            "b",
+            "--endpoint",
+            &daemon.endpoint(),
+        ])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     drop(child.stdout.take());
     let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut said)
+        .unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(1));
     assert_eq!(said, "");
 }
@@ -290,32 +541,80 @@ fn a_closed_pipe_is_no_panic() {
 #[test]
 fn events_are_published_from_files() {
     let daemon = Daemon::start();
-    let event = |id: &str| json!({"specversion": "1.0", "id": id, "source": "/ci", "type": "deploy"});
-    let file = write(&daemon.dir.path().join("event.json"), &event("1").to_string());
+    let event =
+        |id: &str| json!({"specversion": "1.0", "id": id, "source": "/ci", "type": "deploy"});
+    let file = write(
+        &daemon.dir.path().join("event.json"),
+        &event("1").to_string(),
+    );
     let file = file.to_str().unwrap();
-    assert_eq!(daemon.json(&["events", "publish", file]), json!({"stored": 1, "already_known": 0}));
-    let many = write(&daemon.dir.path().join("many.json"), &json!([event("1"), event("2")]).to_string());
-    assert_eq!(daemon.json(&["events", "publish", many.to_str().unwrap()]), json!({"stored": 1, "already_known": 1}));
-    let bad = write(&daemon.dir.path().join("bad.json"), "{\"specversion\": \"1.0\"}");
-    fails(&daemon.soe(&["events", "publish", bad.to_str().unwrap()]), 2, "the event lacks the attribute source");
-    fails(&daemon.soe(&["events", "publish", "/nonexistent/e.json"]), 1, "event file /nonexistent/e.json");
-    fails(&daemon.soe(&["events", "publish"]), 2, "the body is not JSON");
+    assert_eq!(
+        daemon.json(&["events", "publish", file]),
+        json!({"stored": 1, "already_known": 0})
+    );
+    let many = write(
+        &daemon.dir.path().join("many.json"),
+        &json!([event("1"), event("2")]).to_string(),
+    );
+    assert_eq!(
+        daemon.json(&["events", "publish", many.to_str().unwrap()]),
+        json!({"stored": 1, "already_known": 1})
+    );
+    let bad = write(
+        &daemon.dir.path().join("bad.json"),
+        "{\"specversion\": \"1.0\"}",
+    );
+    fails(
+        &daemon.soe(&["events", "publish", bad.to_str().unwrap()]),
+        2,
+        "the event lacks the attribute source",
+    );
+    fails(
+        &daemon.soe(&["events", "publish", "/nonexistent/e.json"]),
+        1,
+        "event file /nonexistent/e.json",
+    );
+    fails(
+        &daemon.soe(&["events", "publish"]),
+        2,
+        "the body is not JSON",
+    );
 }
 
 #[test]
 fn the_audit_is_shown() {
     let daemon = Daemon::start();
     daemon.json(&["group", "create", "db", "--volume", "/dev/loop0"]);
-    fails(&daemon.soe(&["group", "create", "db", "--volume", "/dev/loop0"]), 1, "there is a group db already");
+    fails(
+        &daemon.soe(&["group", "create", "db", "--volume", "/dev/loop0"]),
+        1,
+        "there is a group db already",
+    );
     let file = daemon.config.audit_file();
     let shown = daemon.json(&["audit", "--file", file.to_str().unwrap()]);
-    let outcomes: Vec<_> = shown["entries"].as_array().unwrap().iter().map(|e| e["outcome"].as_str().unwrap()).collect();
+    let outcomes: Vec<_> = shown["entries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| e["outcome"].as_str().unwrap())
+        .collect();
     assert_eq!(outcomes, ["done", "failed"]);
     assert_eq!(shown["entries"][0]["subject"], "db");
-    let config = write(&daemon.dir.path().join("soe.toml"), &format!("[agent]\nstate_dir = {:?}\n", daemon.dir.path()));
-    let table = text(&daemon.soe(&["audit", "--config", config.to_str().unwrap()]).stdout);
+    let config = write(
+        &daemon.dir.path().join("soe.toml"),
+        &format!("[agent]\nstate_dir = {:?}\n", daemon.dir.path()),
+    );
+    let table = text(
+        &daemon
+            .soe(&["audit", "--config", config.to_str().unwrap()])
+            .stdout,
+    );
     assert!(table.contains("CreateSnapshotGroup"), "{table}");
-    fails(&daemon.soe(&["audit", "--file", "/nonexistent/audit"]), 1, "audit file /nonexistent/audit");
+    fails(
+        &daemon.soe(&["audit", "--file", "/nonexistent/audit"]),
+        1,
+        "audit file /nonexistent/audit",
+    );
 }
 
 #[test]
@@ -323,28 +622,71 @@ fn a_bad_configuration_names_its_line() {
     let dir = tempfile::tempdir().unwrap();
     let config = write(&dir.path().join("soe.toml"), "[agent]\n\nlgo = \"info\"\n");
     let path = config.to_str().unwrap();
-    for args in [&["agent", "--config", path][..], &["audit", "--config", path], &["doctor", "--config", path],
+    for args in [
+        &["agent", "--config", path][..],
+        &["audit", "--config", path],
+        &["doctor", "--config", path],
         &["sql", "SELECT 1", "--config", path],
-        &["simulate", "--history", "/nonexistent/h", "--out", "/nonexistent/o", "--config", path]]
-    {
+        &[
+            "simulate",
+            "--history",
+            "/nonexistent/h",
+            "--out",
+            "/nonexistent/o",
+            "--config",
+            path,
+        ],
+    ] {
         fails(&soe(args), 2, &format!("{path}:3: unknown field `lgo`"));
     }
-    fails(&soe(&["agent", "--config", "/nonexistent/soe.toml"]), 1, "configuration /nonexistent/soe.toml");
-    let loud = write(&dir.path().join("loud.toml"), "[agent]\nlog = \"soe_agent=loud\"\n");
-    fails(&soe(&["agent", "--check-config", "--config", loud.to_str().unwrap()]), 2, "agent.log");
+    fails(
+        &soe(&["agent", "--config", "/nonexistent/soe.toml"]),
+        1,
+        "configuration /nonexistent/soe.toml",
+    );
+    let loud = write(
+        &dir.path().join("loud.toml"),
+        "[agent]\nlog = \"soe_agent=loud\"\n",
+    );
+    fails(
+        &soe(&[
+            "agent",
+            "--check-config",
+            "--config",
+            loud.to_str().unwrap(),
+        ]),
+        2,
+        "agent.log",
+    );
     let good = concat!(env!("CARGO_MANIFEST_DIR"), "/../dist/soe.toml");
-    assert!(soe(&["agent", "--check-config", "--config", good]).status.success());
+    assert!(
+        soe(&["agent", "--check-config", "--config", good])
+            .status
+            .success()
+    );
 }
 
 #[test]
 fn completions_and_man_pages_come_from_the_definitions() {
     for shell in ["bash", "zsh", "fish"] {
         let script = text(&soe(&["completions", shell]).stdout);
-        assert!(script.contains("capture") && script.contains("forecast"), "{shell}");
+        assert!(
+            script.contains("capture") && script.contains("forecast"),
+            "{shell}"
+        );
     }
     let dir = tempfile::tempdir().unwrap();
-    assert!(soe(&["man", "--out", dir.path().to_str().unwrap()]).status.success());
-    for page in ["soe.1", "soe-group-create.1", "soe-layer-verify.1", "soe-restore.1"] {
+    assert!(
+        soe(&["man", "--out", dir.path().to_str().unwrap()])
+            .status
+            .success()
+    );
+    for page in [
+        "soe.1",
+        "soe-group-create.1",
+        "soe-layer-verify.1",
+        "soe-restore.1",
+    ] {
         let roff = std::fs::read_to_string(dir.path().join(page)).unwrap();
         assert!(roff.contains(".SH NAME"), "{page}");
     }

@@ -21,7 +21,11 @@ macro_rules! there_and_back {
 fn every_type_survives_the_wire() {
     let volumes = ["/dev/loop0".to_owned(), "/dev/loop1".to_owned()];
     there_and_back!(samples::group("db", &volumes), GroupStatus, pb::GroupStatus);
-    there_and_back!(samples::fresh_volume_status("/dev/loop0"), VolumeStatus, pb::VolumeStatus);
+    there_and_back!(
+        samples::fresh_volume_status("/dev/loop0"),
+        VolumeStatus,
+        pb::VolumeStatus
+    );
     there_and_back!(samples::layer("/dev/loop0", 1), LayerInfo, pb::LayerInfo);
     there_and_back!(samples::layer_detail(), LayerDetail, pb::LayerDetail);
     there_and_back!(samples::forecast(), ForecastReport, pb::ForecastReport);
@@ -33,9 +37,22 @@ fn every_type_survives_the_wire() {
         there_and_back!(WatchItem { at: 5, event }, WatchItem, pb::WatchItem);
     }
     for event in [
-        VerifyEvent::Progress { layer: "l".into(), bytes_checked: 1, bytes_total: 2 },
-        VerifyEvent::Problem { layer: "l".into(), volume: "v".into(), what: "w".into() },
-        VerifyEvent::Summary { layers: 1, blocks: 2, bytes: 3, problems: 4 },
+        VerifyEvent::Progress {
+            layer: "l".into(),
+            bytes_checked: 1,
+            bytes_total: 2,
+        },
+        VerifyEvent::Problem {
+            layer: "l".into(),
+            volume: "v".into(),
+            what: "w".into(),
+        },
+        VerifyEvent::Summary {
+            layers: 1,
+            blocks: 2,
+            bytes: 3,
+            problems: 4,
+        },
     ] {
         there_and_back!(event, VerifyEvent, pb::VerifyEvent);
     }
@@ -46,7 +63,11 @@ fn every_type_survives_the_wire() {
         target: "/tmp/image".into(),
         differential: true,
     };
-    for point in [RestorePoint::Latest, RestorePoint::Layer("x".into()), RestorePoint::At(-7)] {
+    for point in [
+        RestorePoint::Latest,
+        RestorePoint::Layer("x".into()),
+        RestorePoint::At(-7),
+    ] {
         there_and_back!(request(point), RestoreRequest, pb::RestoreRequest);
     }
     for phase in RestorePhase::ALL {
@@ -87,15 +108,27 @@ fn every_type_survives_the_wire() {
         };
         there_and_back!(update, GroupUpdate, pb::UpdateSnapshotGroupRequest);
     }
-    there_and_back!(GroupUpdate::default(), GroupUpdate, pb::UpdateSnapshotGroupRequest);
-    there_and_back!(HostUpdate::default(), HostUpdate, pb::SetHostMetadataRequest);
+    there_and_back!(
+        GroupUpdate::default(),
+        GroupUpdate,
+        pb::UpdateSnapshotGroupRequest
+    );
+    there_and_back!(
+        HostUpdate::default(),
+        HostUpdate,
+        pb::SetHostMetadataRequest
+    );
 }
 
 #[test]
 fn all_names_of_enums_survive() {
     for level in ConsistencyLevel::ALL {
         for method in CutMethod::ALL {
-            let layer = LayerInfo { level: *level, method: *method, ..samples::layer("v", 2) };
+            let layer = LayerInfo {
+                level: *level,
+                method: *method,
+                ..samples::layer("v", 2)
+            };
             there_and_back!(layer, LayerInfo, pb::LayerInfo);
         }
     }
@@ -105,20 +138,32 @@ fn all_names_of_enums_survive() {
 fn messages_that_say_too_little_are_refused() {
     let mut wire = pb::VolumeStatus::from(samples::volume_status("v"));
     wire.tracking = 0;
-    assert_eq!(VolumeStatus::try_from(wire.clone()), Err(WireError::Missing { field: "tracking" }));
+    assert_eq!(
+        VolumeStatus::try_from(wire.clone()),
+        Err(WireError::Missing { field: "tracking" })
+    );
     wire.tracking = 99;
     assert_eq!(
         VolumeStatus::try_from(wire.clone()),
-        Err(WireError::Unknown { field: "tracking", value: "99".into() })
+        Err(WireError::Unknown {
+            field: "tracking",
+            value: "99".into()
+        })
     );
     wire.tracking = 1;
     wire.generation = Some("no uuid".into());
     assert!(VolumeStatus::try_from(wire.clone()).is_err());
     wire.generation = None;
     wire.staging = None;
-    assert_eq!(VolumeStatus::try_from(wire), Err(WireError::Missing { field: "staging" }));
+    assert_eq!(
+        VolumeStatus::try_from(wire),
+        Err(WireError::Missing { field: "staging" })
+    );
     assert!(WatchItem::try_from(pb::WatchItem::default()).is_err());
-    let event = pb::Event { data_json: Some("{".into()), ..pb::Event::default() };
+    let event = pb::Event {
+        data_json: Some("{".into()),
+        ..pb::Event::default()
+    };
     assert!(Event::try_from(event).is_err());
 }
 
@@ -127,7 +172,9 @@ fn carries(actual: &Value, expected: &Value, at: &str) {
     match expected {
         Value::Object(fields) => {
             for (name, value) in fields {
-                let inner = actual.get(name).unwrap_or_else(|| panic!("{at}.{name} is absent from {actual}"));
+                let inner = actual
+                    .get(name)
+                    .unwrap_or_else(|| panic!("{at}.{name} is absent from {actual}"));
                 carries(inner, value, &format!("{at}.{name}"));
             }
         }
@@ -138,7 +185,10 @@ fn carries(actual: &Value, expected: &Value, at: &str) {
         Value::Number(_) => assert!(actual.is_number(), "{at} is {actual}"),
         Value::String(text) if text.contains('|') => {
             let allowed: Vec<&str> = text.split('|').collect();
-            assert!(actual.as_str().is_some_and(|a| allowed.contains(&a)), "{at} is {actual}, not one of {text}");
+            assert!(
+                actual.as_str().is_some_and(|a| allowed.contains(&a)),
+                "{at} is {actual}, not one of {text}"
+            );
         }
         Value::String(_) => assert!(actual.is_string(), "{at} is {actual}"),
     }
@@ -175,8 +225,15 @@ fn json_reads_back() {
     let text = serde_json::to_string(&group).unwrap();
     assert_eq!(serde_json::from_str::<GroupStatus>(&text).unwrap(), group);
     for event in samples::watch_events() {
-        let item = WatchItem { at: samples::T0, event };
+        let item = WatchItem {
+            at: samples::T0,
+            event,
+        };
         let text = serde_json::to_string(&item).unwrap();
-        assert_eq!(serde_json::from_str::<WatchItem>(&text).unwrap(), item, "{text}");
+        assert_eq!(
+            serde_json::from_str::<WatchItem>(&text).unwrap(),
+            item,
+            "{text}"
+        );
     }
 }

@@ -37,7 +37,11 @@ fn create(daemon: &Daemon) -> SnapshotOrchestrationClient<Channel> {
         prediction_enabled: true,
         ..Default::default()
     };
-    let status = daemon.runtime.block_on(client.create_snapshot_group(request)).unwrap().into_inner();
+    let status = daemon
+        .runtime
+        .block_on(client.create_snapshot_group(request))
+        .unwrap()
+        .into_inner();
     assert_eq!(status.group_name, "db");
     client
 }
@@ -46,8 +50,14 @@ fn create(daemon: &Daemon) -> SnapshotOrchestrationClient<Channel> {
 fn a_group_is_created_and_its_status_read() {
     let daemon = Daemon::start();
     let mut client = create(&daemon);
-    let request = pb::GetSnapshotGroupStatusRequest { group_name: "db".into() };
-    let status = daemon.runtime.block_on(client.get_snapshot_group_status(request)).unwrap().into_inner();
+    let request = pb::GetSnapshotGroupStatusRequest {
+        group_name: "db".into(),
+    };
+    let status = daemon
+        .runtime
+        .block_on(client.get_snapshot_group_status(request))
+        .unwrap()
+        .into_inner();
     assert_eq!(status.volumes[0].layers, 5);
     assert_eq!(status.volumes[0].tracking(), pb::TrackingState::Complete);
 }
@@ -63,10 +73,17 @@ fn reflection_finds_the_service() {
         // Requests and answers by hand: field 7 of the request lists services, field 4 asks for a symbol's file.
         for (request, expected) in [
             (vec![0x3a, 1, b'*'], "soe.v1.SnapshotOrchestration"),
-            (symbol("soe.v1.SnapshotOrchestration"), "CreateSnapshotGroup"),
+            (
+                symbol("soe.v1.SnapshotOrchestration"),
+                "CreateSnapshotGroup",
+            ),
         ] {
             let answer = raw_call(&daemon, path, request);
-            assert!(contains(&answer, expected), "{path} does not tell of {expected}: {}", text(&answer));
+            assert!(
+                contains(&answer, expected),
+                "{path} does not tell of {expected}: {}",
+                text(&answer)
+            );
         }
     }
 }
@@ -104,7 +121,11 @@ impl tonic::codec::Encoder for Bytes {
     type Item = Vec<u8>;
     type Error = tonic::Status;
 
-    fn encode(&mut self, item: Vec<u8>, dst: &mut tonic::codec::EncodeBuf<'_>) -> Result<(), tonic::Status> {
+    fn encode(
+        &mut self,
+        item: Vec<u8>,
+        dst: &mut tonic::codec::EncodeBuf<'_>,
+    ) -> Result<(), tonic::Status> {
         bytes::BufMut::put_slice(dst, &item);
         Ok(())
     }
@@ -114,7 +135,10 @@ impl tonic::codec::Decoder for Bytes {
     type Item = Vec<u8>;
     type Error = tonic::Status;
 
-    fn decode(&mut self, src: &mut tonic::codec::DecodeBuf<'_>) -> Result<Option<Vec<u8>>, tonic::Status> {
+    fn decode(
+        &mut self,
+        src: &mut tonic::codec::DecodeBuf<'_>,
+    ) -> Result<Option<Vec<u8>>, tonic::Status> {
         let mut item = vec![0; bytes::Buf::remaining(src)];
         bytes::Buf::copy_to_slice(src, &mut item);
         Ok(Some(item))
@@ -128,7 +152,11 @@ fn raw_call(daemon: &Daemon, path: &'static str, request: Vec<u8>) -> Vec<u8> {
         grpc.ready().await.unwrap();
         let requests = tonic::Request::new(tokio_stream::once(request));
         let path = tonic::codegen::http::uri::PathAndQuery::from_static(path);
-        let mut answers = grpc.streaming(requests, path, Bytes).await.unwrap().into_inner();
+        let mut answers = grpc
+            .streaming(requests, path, Bytes)
+            .await
+            .unwrap()
+            .into_inner();
         answers.message().await.unwrap().unwrap()
     })
 }
@@ -138,8 +166,15 @@ fn health_follows_the_daemon() {
     let daemon = Daemon::start();
     let mut client = tonic_health::pb::health_client::HealthClient::new(channel(&daemon));
     let mut status = |service: &str| {
-        let request = tonic_health::pb::HealthCheckRequest { service: service.into() };
-        daemon.runtime.block_on(client.check(request)).unwrap().into_inner().status
+        let request = tonic_health::pb::HealthCheckRequest {
+            service: service.into(),
+        };
+        daemon
+            .runtime
+            .block_on(client.check(request))
+            .unwrap()
+            .into_inner()
+            .status
     };
     std::thread::sleep(Duration::from_millis(100));
     for service in ["", "soe.v1.SnapshotOrchestration"] {
@@ -171,10 +206,23 @@ fn every_kind_of_error_has_its_code_and_its_trailer() {
     assert_eq!(codes.len(), ErrorKind::ALL.len());
     for (kind, code) in codes {
         daemon.engine.fail_next(kind, "é: it failed");
-        let request = pb::GetSnapshotGroupStatusRequest { group_name: "db".into() };
-        let status = daemon.runtime.block_on(client.get_snapshot_group_status(request)).unwrap_err();
+        let request = pb::GetSnapshotGroupStatusRequest {
+            group_name: "db".into(),
+        };
+        let status = daemon
+            .runtime
+            .block_on(client.get_snapshot_group_status(request))
+            .unwrap_err();
         assert_eq!((status.code(), status.message()), (code, "é: it failed"));
-        assert_eq!(status.metadata().get("soe-error-kind").unwrap().to_str().unwrap(), kind.as_str());
+        assert_eq!(
+            status
+                .metadata()
+                .get("soe-error-kind")
+                .unwrap()
+                .to_str()
+                .unwrap(),
+            kind.as_str()
+        );
     }
 }
 
@@ -184,16 +232,51 @@ fn wrong_arguments_never_reach_the_engine() {
     let mut client = create(&daemon);
     // Would be consumed by the first call that reaches it.
     daemon.engine.fail_next(ErrorKind::Internal, "reached");
-    let wait = |code: Result<(), tonic::Status>| assert_eq!(code.unwrap_err().code(), Code::InvalidArgument);
+    let wait = |code: Result<(), tonic::Status>| {
+        assert_eq!(code.unwrap_err().code(), Code::InvalidArgument)
+    };
     let run = &daemon.runtime;
     let group_name = "../etc".to_owned();
-    wait(run.block_on(client.capture_layer(pb::CaptureLayerRequest { group_name: "db".into(), kind: 77 })).map(drop));
-    wait(run.block_on(client.capture_layer(pb::CaptureLayerRequest { group_name, kind: 0 })).map(drop));
-    wait(run.block_on(client.create_snapshot_group(pb::CreateSnapshotGroupRequest::default())).map(drop));
-    wait(run.block_on(client.forecast(pb::ForecastRequest { volume: "v".into(), horizon_s: 0 })).map(drop));
-    wait(run.block_on(client.publish_event(pb::PublishEventRequest { event: None })).map(drop));
-    wait(run.block_on(client.show_layer(pb::ShowLayerRequest::default())).map(drop));
-    wait(run.block_on(client.trace_record(pb::TraceRecordRequest { volume: "v".into(), duration_ms: u64::MAX })).map(drop));
+    wait(
+        run.block_on(client.capture_layer(pb::CaptureLayerRequest {
+            group_name: "db".into(),
+            kind: 77,
+        }))
+        .map(drop),
+    );
+    wait(
+        run.block_on(client.capture_layer(pb::CaptureLayerRequest {
+            group_name,
+            kind: 0,
+        }))
+        .map(drop),
+    );
+    wait(
+        run.block_on(client.create_snapshot_group(pb::CreateSnapshotGroupRequest::default()))
+            .map(drop),
+    );
+    wait(
+        run.block_on(client.forecast(pb::ForecastRequest {
+            volume: "v".into(),
+            horizon_s: 0,
+        }))
+        .map(drop),
+    );
+    wait(
+        run.block_on(client.publish_event(pb::PublishEventRequest { event: None }))
+            .map(drop),
+    );
+    wait(
+        run.block_on(client.show_layer(pb::ShowLayerRequest::default()))
+            .map(drop),
+    );
+    wait(
+        run.block_on(client.trace_record(pb::TraceRecordRequest {
+            volume: "v".into(),
+            duration_ms: u64::MAX,
+        }))
+        .map(drop),
+    );
     let restore = pb::RestoreRequest {
         group_name: "db".into(),
         volume: "v".into(),
@@ -209,9 +292,15 @@ fn what_changes_something_is_in_the_audit_and_reading_is_not() {
     let daemon = Daemon::start();
     let mut client = create(&daemon);
     let run = &daemon.runtime;
-    run.block_on(client.list_volumes(pb::ListVolumesRequest {})).unwrap();
-    daemon.engine.fail_next(ErrorKind::Exhausted, "the store is full");
-    let capture = pb::CaptureLayerRequest { group_name: "db".into(), kind: 0 };
+    run.block_on(client.list_volumes(pb::ListVolumesRequest {}))
+        .unwrap();
+    daemon
+        .engine
+        .fail_next(ErrorKind::Exhausted, "the store is full");
+    let capture = pb::CaptureLayerRequest {
+        group_name: "db".into(),
+        kind: 0,
+    };
     run.block_on(client.capture_layer(capture)).unwrap_err();
     let uid = rustix::process::geteuid().as_raw();
     let entries: Vec<_> = daemon
@@ -222,8 +311,14 @@ fn what_changes_something_is_in_the_audit_and_reading_is_not() {
             Line::Damaged { number } => panic!("line {number} is damaged"),
         })
         .collect();
-    let seen: Vec<_> = entries.iter().map(|e| (e.call.as_str(), e.subject.as_str(), &e.outcome)).collect();
-    let full = Outcome::Failed { kind: "exhausted".into(), error: "the store is full".into() };
+    let seen: Vec<_> = entries
+        .iter()
+        .map(|e| (e.call.as_str(), e.subject.as_str(), &e.outcome))
+        .collect();
+    let full = Outcome::Failed {
+        kind: "exhausted".into(),
+        error: "the store is full".into(),
+    };
     assert_eq!(
         seen,
         [
@@ -234,7 +329,9 @@ fn what_changes_something_is_in_the_audit_and_reading_is_not() {
     );
     for entry in &entries {
         let own = i32::try_from(std::process::id()).unwrap();
-        assert!(matches!(entry.caller, Caller::Unix { uid: u, pid: Some(p), .. } if u == uid && p == own));
+        assert!(
+            matches!(entry.caller, Caller::Unix { uid: u, pid: Some(p), .. } if u == uid && p == own)
+        );
     }
 }
 
@@ -245,27 +342,42 @@ fn a_caller_that_goes_away_is_in_the_audit() {
     let output = daemon.soe(&["restore", "db", "--volume", "v", "--to", "/nonexistent/x"]);
     fails(&output, 1, "broke off before its end");
     let last = daemon.audit().pop();
-    assert!(matches!(last, Some(Line::Entry(e)) if e.outcome == Outcome::Abandoned && e.call == "Restore"));
+    assert!(
+        matches!(last, Some(Line::Entry(e)) if e.outcome == Outcome::Abandoned && e.call == "Restore")
+    );
 }
 
 #[test]
 fn an_endless_stream_does_not_keep_the_daemon_from_stopping() {
     let mut daemon = Daemon::start();
     let mut client = SnapshotOrchestrationClient::new(channel(&daemon));
-    let mut items = daemon.runtime.block_on(client.watch(pb::WatchRequest::default())).unwrap().into_inner();
+    let mut items = daemon
+        .runtime
+        .block_on(client.watch(pb::WatchRequest::default()))
+        .unwrap()
+        .into_inner();
     for _ in 0..7 {
         daemon.runtime.block_on(items.message()).unwrap().unwrap();
     }
     drop(client);
-    assert!(daemon.stop() < Duration::from_secs(3), "the stop waited for the stream");
-    assert!(daemon.runtime.block_on(items.message()).unwrap().is_none(), "the stream ends in order");
+    assert!(
+        daemon.stop() < Duration::from_secs(3),
+        "the stop waited for the stream"
+    );
+    assert!(
+        daemon.runtime.block_on(items.message()).unwrap().is_none(),
+        "the stream ends in order"
+    );
     assert!(!daemon.socket().exists());
 }
 
 #[test]
 fn a_second_daemon_on_the_same_socket_is_refused() {
     let daemon = Daemon::start();
-    let error = soe_agent::api::server::Listeners::open(&daemon.config).err().unwrap().to_string();
+    let error = soe_agent::api::server::Listeners::open(&daemon.config)
+        .err()
+        .unwrap()
+        .to_string();
     assert!(error.contains("is served by another agent"), "{error}");
     create(&daemon);
 }
@@ -287,7 +399,11 @@ fn other_users_are_refused() {
     open(&program, 0o755);
     let as_nobody = || {
         let mut command = std::process::Command::new(&program);
-        command.arg("volumes").env("SOE_ENDPOINT", daemon.endpoint()).uid(NOBODY).gid(NOBODY);
+        command
+            .arg("volumes")
+            .env("SOE_ENDPOINT", daemon.endpoint())
+            .uid(NOBODY)
+            .gid(NOBODY);
         command.output().unwrap()
     };
     fails(&as_nobody(), 4, "is closed to this user");
@@ -295,6 +411,8 @@ fn other_users_are_refused() {
     fails(&as_nobody(), 4, "is closed to this user");
     open(&daemon.socket(), 0o666);
     fails(&as_nobody(), 4, "uid 65534 may not call the agent");
-    let root = soe_with(&["volumes"], |c| drop(c.env("SOE_ENDPOINT", daemon.endpoint())));
+    let root = soe_with(&["volumes"], |c| {
+        drop(c.env("SOE_ENDPOINT", daemon.endpoint()))
+    });
     assert!(root.status.success(), "{}", text(&root.stderr));
 }

@@ -13,7 +13,14 @@ fn series(path: &Path) -> String {
     let mut lines = String::from("ts_s,volume,read_ops,write_ops,read_bytes,write_bytes\n");
     for bin in 0..576u64 {
         let burst = if bin % 36 == 0 { 100 } else { 1 };
-        writeln!(lines, "{},vol1,{burst},{burst},{},{}", 1_700_006_400 + bin * 300, burst * 4096, burst * 8192).unwrap();
+        writeln!(
+            lines,
+            "{},vol1,{burst},{burst},{},{}",
+            1_700_006_400 + bin * 300,
+            burst * 4096,
+            burst * 8192
+        )
+        .unwrap();
     }
     write(path, &lines).to_str().unwrap().to_owned()
 }
@@ -24,13 +31,25 @@ fn a_history_is_imported_and_simulated() {
     let trace = series(&dir.path().join("trace.csv"));
     let history = dir.path().join("history");
     let history = history.to_str().unwrap();
-    let output = soe(&["trace", "import", "--format", "series", &trace, "--out", history, "--json"]);
+    let output = soe(&[
+        "trace", "import", "--format", "series", &trace, "--out", history, "--json",
+    ]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((report["lines"].as_u64(), &report["volumes"][0]), (Some(576), &Value::from("vol1")));
+    assert_eq!(
+        (report["lines"].as_u64(), &report["volumes"][0]),
+        (Some(576), &Value::from("vol1"))
+    );
     let out = dir.path().join("out");
     let run = |out: &Path| {
-        let output = soe(&["simulate", "--history", history, "--out", out.to_str().unwrap(), "--json"]);
+        let output = soe(&[
+            "simulate",
+            "--history",
+            history,
+            "--out",
+            out.to_str().unwrap(),
+            "--json",
+        ]);
         assert!(output.status.success(), "{}", text(&output.stderr));
         output.stdout
     };
@@ -39,15 +58,30 @@ fn a_history_is_imported_and_simulated() {
     assert!(summary["decisions"].as_u64().unwrap() > 0, "{summary}");
     for name in ["forecasts.parquet", "decisions.parquet", "staged.parquet"] {
         let bytes = std::fs::read(out.join(name)).unwrap();
-        assert_eq!((&bytes[..4], &bytes[bytes.len() - 4..]), (&b"PAR1"[..], &b"PAR1"[..]), "{name}");
+        assert_eq!(
+            (&bytes[..4], &bytes[bytes.len() - 4..]),
+            (&b"PAR1"[..], &b"PAR1"[..]),
+            "{name}"
+        );
     }
-    let written: Value = serde_json::from_slice(&std::fs::read(out.join("summary.json")).unwrap()).unwrap();
+    let written: Value =
+        serde_json::from_slice(&std::fs::read(out.join("summary.json")).unwrap()).unwrap();
     assert_eq!(written, summary);
     // The same history and configuration give the same result.
     let again = dir.path().join("again");
-    assert_eq!(run(&again), serde_json::to_vec(&summary).unwrap().into_iter().chain(*b"\n").collect::<Vec<_>>());
+    assert_eq!(
+        run(&again),
+        serde_json::to_vec(&summary)
+            .unwrap()
+            .into_iter()
+            .chain(*b"\n")
+            .collect::<Vec<_>>()
+    );
     for name in ["forecasts.parquet", "decisions.parquet"] {
-        assert!(std::fs::read(out.join(name)).unwrap() == std::fs::read(again.join(name)).unwrap(), "{name} differs");
+        assert!(
+            std::fs::read(out.join(name)).unwrap() == std::fs::read(again.join(name)).unwrap(),
+            "{name} differs"
+        );
     }
 }
 
@@ -58,14 +92,32 @@ fn traces_go_in_and_come_out() {
     let trace = write(&dir.path().join("trace.csv"), lines);
     let history = dir.path().join("history");
     let history = history.to_str().unwrap();
-    let output = soe(&["trace", "import", "--format", "csv", trace.to_str().unwrap(), "--out", history]);
+    let output = soe(&[
+        "trace",
+        "import",
+        "--format",
+        "csv",
+        trace.to_str().unwrap(),
+        "--out",
+        history,
+    ]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let exported = text(&soe(&["trace", "export", "--history", history]).stdout);
     assert_eq!(exported.lines().count(), 3, "{exported}");
     assert!(exported.contains("8192,4096,200"), "{exported}");
     let none = text(&soe(&["trace", "export", "--history", history, "--volume", "other"]).stdout);
     assert_eq!(none.lines().count(), 1);
-    let late = text(&soe(&["trace", "export", "--history", history, "--from", "2030-01-01T00:00:00Z"]).stdout);
+    let late = text(
+        &soe(&[
+            "trace",
+            "export",
+            "--history",
+            history,
+            "--from",
+            "2030-01-01T00:00:00Z",
+        ])
+        .stdout,
+    );
     assert_eq!(late.lines().count(), 1);
 }
 
@@ -76,17 +128,50 @@ fn what_is_not_there_is_said_in_one_sentence() {
     let missing = missing.to_str().unwrap();
     let out = dir.path().join("out");
     let out = out.to_str().unwrap();
-    fails(&soe(&["simulate", "--history", missing, "--out", out]), 1, missing);
+    fails(
+        &soe(&["simulate", "--history", missing, "--out", out]),
+        1,
+        missing,
+    );
     fails(&soe(&["trace", "export", "--history", missing]), 1, missing);
-    fails(&soe(&["layer", "verify", "db", "--store", missing]), 1, missing);
-    fails(&soe(&["trace", "import", "--format", "csv", missing, "--out", out]), 1, missing);
-    let bad = write(&dir.path().join("bad.csv"), "ts_us,volume,op,offset,length\n1,v,R,zero,1\n");
+    fails(
+        &soe(&["layer", "verify", "db", "--store", missing]),
+        1,
+        missing,
+    );
+    fails(
+        &soe(&["trace", "import", "--format", "csv", missing, "--out", out]),
+        1,
+        missing,
+    );
+    let bad = write(
+        &dir.path().join("bad.csv"),
+        "ts_us,volume,op,offset,length\n1,v,R,zero,1\n",
+    );
     let bad = bad.to_str().unwrap();
-    fails(&soe(&["trace", "import", "--format", "csv", bad, "--out", out]), 1, &format!("{bad}:2: "));
+    fails(
+        &soe(&["trace", "import", "--format", "csv", bad, "--out", out]),
+        1,
+        &format!("{bad}:2: "),
+    );
     let empty = dir.path().join("empty");
     std::fs::create_dir(&empty).unwrap();
-    fails(&soe(&["simulate", "--history", empty.to_str().unwrap(), "--out", out]), 1, "has no volume_stats");
-    fails(&soe(&["layer", "verify", "db", "--store", empty.to_str().unwrap()]), 1, "group db");
+    fails(
+        &soe(&[
+            "simulate",
+            "--history",
+            empty.to_str().unwrap(),
+            "--out",
+            out,
+        ]),
+        1,
+        "has no volume_stats",
+    );
+    fails(
+        &soe(&["layer", "verify", "db", "--store", empty.to_str().unwrap()]),
+        1,
+        "group db",
+    );
 }
 
 #[test]

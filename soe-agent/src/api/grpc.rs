@@ -53,12 +53,20 @@ pub fn to_status(error: EngineError) -> Status {
 
 /// The error as it was before gRPC; one that did not come from [`to_status`] is told by its code.
 pub fn from_status(status: &Status) -> EngineError {
-    let named = status.metadata().get(KIND_TRAILER).and_then(|v| v.to_str().ok());
+    let named = status
+        .metadata()
+        .get(KIND_TRAILER)
+        .and_then(|v| v.to_str().ok());
     let kind = ErrorKind::ALL
         .iter()
         .copied()
         .find(|k| Some(k.as_str()) == named)
-        .or_else(|| ErrorKind::ALL.iter().copied().find(|k| code(*k) == status.code()))
+        .or_else(|| {
+            ErrorKind::ALL
+                .iter()
+                .copied()
+                .find(|k| code(*k) == status.code())
+        })
         .unwrap_or(ErrorKind::Internal);
     EngineError::new(kind, status.message())
 }
@@ -72,12 +80,18 @@ impl From<WireError> for EngineError {
 /// Lets only root and the daemon's own user in. For a layer around every service.
 pub fn check_peer(request: Request<()>) -> Result<Request<()>, Status> {
     let own = rustix::process::geteuid().as_raw();
-    let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    let peer = request
+        .extensions()
+        .get::<UdsConnectInfo>()
+        .and_then(|info| info.peer_cred);
     match peer {
         Some(cred) if socket::may_call(cred.uid(), own) => Ok(request),
         Some(cred) => Err(to_status(EngineError::new(
             ErrorKind::PermissionDenied,
-            format!("uid {} may not call the agent; only root and uid {own} may", cred.uid()),
+            format!(
+                "uid {} may not call the agent; only root and uid {own} may",
+                cred.uid()
+            ),
         ))),
         None => Err(to_status(EngineError::new(
             ErrorKind::PermissionDenied,
@@ -87,11 +101,22 @@ pub fn check_peer(request: Request<()>) -> Result<Request<()>, Status> {
 }
 
 fn caller<T>(request: &Request<T>) -> Caller {
-    let cred = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    let cred = request
+        .extensions()
+        .get::<UdsConnectInfo>()
+        .and_then(|info| info.peer_cred);
     match cred {
-        Some(cred) => Caller::Unix { uid: cred.uid(), gid: cred.gid(), pid: cred.pid() },
+        Some(cred) => Caller::Unix {
+            uid: cred.uid(),
+            gid: cred.gid(),
+            pid: cred.pid(),
+        },
         // `check_peer` lets no such request pass; a record that says nobody is better than a wrong one.
-        None => Caller::Unix { uid: u32::MAX, gid: u32::MAX, pid: None },
+        None => Caller::Unix {
+            uid: u32::MAX,
+            gid: u32::MAX,
+            pid: None,
+        },
     }
 }
 
@@ -119,7 +144,11 @@ struct Span {
 impl Span {
     fn line(&self, outcome: Outcome) {
         if let Some(entry) = &self.entry {
-            self.audit.record(&Entry { at: self.clock.now(), outcome, ..entry.clone() });
+            self.audit.record(&Entry {
+                at: self.clock.now(),
+                outcome,
+                ..entry.clone()
+            });
         }
     }
 
@@ -129,7 +158,10 @@ impl Span {
         self.metrics.api_requests.with([self.call, outcome]).inc();
         self.line(match error {
             None => Outcome::Done,
-            Some(e) => Outcome::Failed { kind: e.kind.to_string(), error: e.message.clone() },
+            Some(e) => Outcome::Failed {
+                kind: e.kind.to_string(),
+                error: e.message.clone(),
+            },
         });
     }
 }
@@ -137,7 +169,10 @@ impl Span {
 impl Drop for Span {
     fn drop(&mut self) {
         if !self.ended {
-            self.metrics.api_requests.with([self.call, "abandoned"]).inc();
+            self.metrics
+                .api_requests
+                .with([self.call, "abandoned"])
+                .inc();
             self.line(Outcome::Abandoned);
         }
     }
@@ -165,7 +200,13 @@ impl Service {
         clock: Arc<dyn Clock>,
         stopping: watch::Receiver<bool>,
     ) -> Self {
-        Self { engine, audit, metrics, clock, stopping }
+        Self {
+            engine,
+            audit,
+            metrics,
+            clock,
+            stopping,
+        }
     }
 
     fn span(&self, call: &'static str, effect: Effect, caller: Caller, subject: &str) -> Span {
@@ -190,7 +231,12 @@ impl Service {
         span
     }
 
-    async fn unary<T, P>(&self, span: Span, checked: Result<(), EngineError>, work: Reply<'_, T>) -> Result<Response<P>, Status>
+    async fn unary<T, P>(
+        &self,
+        span: Span,
+        checked: Result<(), EngineError>,
+        work: Reply<'_, T>,
+    ) -> Result<Response<P>, Status>
     where
         P: From<T>,
     {
@@ -199,7 +245,9 @@ impl Service {
             Err(error) => Err(error),
         };
         span.end(result.as_ref().err());
-        result.map(|value| Response::new(P::from(value))).map_err(to_status)
+        result
+            .map(|value| Response::new(P::from(value)))
+            .map_err(to_status)
     }
 
     /// Runs a stream. `is_last` tells the item after which the work is done.
@@ -231,22 +279,24 @@ impl Service {
             let _ = stopping.wait_for(|stop| *stop).await;
         };
         let mut span = Some(span);
-        let items = items.take_until(Box::pin(stop)).map(move |item| match item {
-            Ok(value) => {
-                if is_last(&value)
-                    && let Some(span) = span.take()
-                {
-                    span.end(None);
+        let items = items
+            .take_until(Box::pin(stop))
+            .map(move |item| match item {
+                Ok(value) => {
+                    if is_last(&value)
+                        && let Some(span) = span.take()
+                    {
+                        span.end(None);
+                    }
+                    Ok(P::from(value))
                 }
-                Ok(P::from(value))
-            }
-            Err(error) => {
-                if let Some(span) = span.take() {
-                    span.end(Some(&error));
+                Err(error) => {
+                    if let Some(span) = span.take() {
+                        span.end(Some(&error));
+                    }
+                    Err(to_status(error))
                 }
-                Err(to_status(error))
-            }
-        });
+            });
         Ok(Response::new(items.boxed()))
     }
 }
@@ -274,16 +324,31 @@ impl SnapshotOrchestration for Service {
         let caller = caller(&request);
         let spec: GroupSpec = read!(request.into_inner());
         let span = self.span("CreateSnapshotGroup", Effect::Changes, caller, &spec.name);
-        self.unary(span, validate::group_spec(&spec), self.engine.create_group(spec)).await
+        self.unary(
+            span,
+            validate::group_spec(&spec),
+            self.engine.create_group(spec),
+        )
+        .await
     }
 
     async fn get_snapshot_group_status(
         &self,
         request: Request<pb::GetSnapshotGroupStatusRequest>,
     ) -> Result<Response<pb::GroupStatus>, Status> {
-        let span = self.span("GetSnapshotGroupStatus", Effect::Reads, caller(&request), "");
+        let span = self.span(
+            "GetSnapshotGroupStatus",
+            Effect::Reads,
+            caller(&request),
+            "",
+        );
         let name = request.into_inner().group_name;
-        self.unary(span, validate::group_name(&name), self.engine.group_status(name)).await
+        self.unary(
+            span,
+            validate::group_name(&name),
+            self.engine.group_status(name),
+        )
+        .await
     }
 
     async fn update_snapshot_group(
@@ -293,7 +358,12 @@ impl SnapshotOrchestration for Service {
         let caller = caller(&request);
         let update: GroupUpdate = read!(request.into_inner());
         let span = self.span("UpdateSnapshotGroup", Effect::Changes, caller, &update.name);
-        self.unary(span, validate::group_update(&update), self.engine.update_group(update)).await
+        self.unary(
+            span,
+            validate::group_update(&update),
+            self.engine.update_group(update),
+        )
+        .await
     }
 
     async fn list_snapshot_groups(
@@ -309,10 +379,18 @@ impl SnapshotOrchestration for Service {
         request: Request<pb::DeleteSnapshotGroupRequest>,
     ) -> Result<Response<pb::DeleteSnapshotGroupResponse>, Status> {
         let caller = caller(&request);
-        let pb::DeleteSnapshotGroupRequest { group_name, delete_layers } = request.into_inner();
+        let pb::DeleteSnapshotGroupRequest {
+            group_name,
+            delete_layers,
+        } = request.into_inner();
         let span = self.span("DeleteSnapshotGroup", Effect::Changes, caller, &group_name);
         let checked = validate::group_name(&group_name);
-        self.unary(span, checked, self.engine.delete_group(group_name, delete_layers)).await
+        self.unary(
+            span,
+            checked,
+            self.engine.delete_group(group_name, delete_layers),
+        )
+        .await
     }
 
     async fn set_host_metadata(
@@ -322,7 +400,12 @@ impl SnapshotOrchestration for Service {
         let caller = caller(&request);
         let update: HostUpdate = read!(request.into_inner());
         let span = self.span("SetHostMetadata", Effect::Changes, caller, &update.group);
-        self.unary(span, validate::host_update(&update), self.engine.set_host_metadata(update)).await
+        self.unary(
+            span,
+            validate::host_update(&update),
+            self.engine.set_host_metadata(update),
+        )
+        .await
     }
 
     async fn capture_layer(
@@ -334,7 +417,8 @@ impl SnapshotOrchestration for Service {
         let kind = convert::layer_kind_from_pb(kind).map_err(|e| to_status(e.into()))?;
         let span = self.span("CaptureLayer", Effect::Works, caller, &group_name);
         let checked = validate::group_name(&group_name);
-        self.unary(span, checked, self.engine.capture(group_name, kind)).await
+        self.unary(span, checked, self.engine.capture(group_name, kind))
+            .await
     }
 
     async fn list_layers(
@@ -344,35 +428,69 @@ impl SnapshotOrchestration for Service {
         let span = self.span("ListLayers", Effect::Reads, caller(&request), "");
         let pb::ListLayersRequest { group_name, volume } = request.into_inner();
         let checked = validate::group_name(&group_name);
-        self.unary(span, checked, self.engine.list_layers(group_name, some(volume))).await
+        self.unary(
+            span,
+            checked,
+            self.engine.list_layers(group_name, some(volume)),
+        )
+        .await
     }
 
-    async fn show_layer(&self, request: Request<pb::ShowLayerRequest>) -> Result<Response<pb::LayerDetail>, Status> {
+    async fn show_layer(
+        &self,
+        request: Request<pb::ShowLayerRequest>,
+    ) -> Result<Response<pb::LayerDetail>, Status> {
         let span = self.span("ShowLayer", Effect::Reads, caller(&request), "");
         let id = request.into_inner().id;
-        self.unary(span, validate::name("layer", &id), self.engine.show_layer(id)).await
+        self.unary(
+            span,
+            validate::name("layer", &id),
+            self.engine.show_layer(id),
+        )
+        .await
     }
 
     type VerifyLayersStream = BoxStream<'static, Result<pb::VerifyEvent, Status>>;
 
-    async fn verify_layers(&self, request: Request<pb::VerifyLayersRequest>) -> Streamed<pb::VerifyEvent> {
+    async fn verify_layers(
+        &self,
+        request: Request<pb::VerifyLayersRequest>,
+    ) -> Streamed<pb::VerifyEvent> {
         let span = self.span("VerifyLayers", Effect::Reads, caller(&request), "");
         let pb::VerifyLayersRequest { group_name, volume } = request.into_inner();
         let checked = validate::group_name(&group_name);
-        let is_last = |event: &super::types::VerifyEvent| matches!(event, super::types::VerifyEvent::Summary { .. });
-        self.stream(span, checked, self.engine.verify_layers(group_name, some(volume)), is_last).await
+        let is_last = |event: &super::types::VerifyEvent| {
+            matches!(event, super::types::VerifyEvent::Summary { .. })
+        };
+        self.stream(
+            span,
+            checked,
+            self.engine.verify_layers(group_name, some(volume)),
+            is_last,
+        )
+        .await
     }
 
     type DiffLayersStream = BoxStream<'static, Result<pb::DiffChunk, Status>>;
 
-    async fn diff_layers(&self, request: Request<pb::DiffLayersRequest>) -> Streamed<pb::DiffChunk> {
+    async fn diff_layers(
+        &self,
+        request: Request<pb::DiffLayersRequest>,
+    ) -> Streamed<pb::DiffChunk> {
         let span = self.span("DiffLayers", Effect::Reads, caller(&request), "");
-        let pb::DiffLayersRequest { group_name, volume, from_layer, to_layer } = request.into_inner();
+        let pb::DiffLayersRequest {
+            group_name,
+            volume,
+            from_layer,
+            to_layer,
+        } = request.into_inner();
         let checked = validate::group_name(&group_name)
             .and_then(|()| validate::name("volume", &volume))
             .and_then(|()| validate::name("layer", &from_layer))
             .and_then(|()| validate::name("layer", &to_layer));
-        let work = self.engine.diff_layers(group_name, volume, from_layer, to_layer);
+        let work = self
+            .engine
+            .diff_layers(group_name, volume, from_layer, to_layer);
         let bounded = Box::pin(async move {
             let pieces = work.await?;
             Ok(pieces.flat_map(split_piece).boxed())
@@ -385,10 +503,22 @@ impl SnapshotOrchestration for Service {
     async fn restore(&self, request: Request<pb::RestoreRequest>) -> Streamed<pb::RestoreProgress> {
         let caller = caller(&request);
         let request = RestoreRequest::from(request.into_inner());
-        let subject = format!("{} {} to {}", request.group, request.volume, request.target.display());
+        let subject = format!(
+            "{} {} to {}",
+            request.group,
+            request.volume,
+            request.target.display()
+        );
         let span = self.span("Restore", Effect::Works, caller, &subject);
-        let is_last = |progress: &super::types::RestoreProgress| progress.phase == RestorePhase::Done;
-        self.stream(span, validate::restore(&request), self.engine.restore(request), is_last).await
+        let is_last =
+            |progress: &super::types::RestoreProgress| progress.phase == RestorePhase::Done;
+        self.stream(
+            span,
+            validate::restore(&request),
+            self.engine.restore(request),
+            is_last,
+        )
+        .await
     }
 
     async fn list_volumes(
@@ -404,31 +534,52 @@ impl SnapshotOrchestration for Service {
         request: Request<pb::TraceRecordRequest>,
     ) -> Result<Response<pb::TraceRecordResponse>, Status> {
         let caller = caller(&request);
-        let pb::TraceRecordRequest { volume, duration_ms } = request.into_inner();
+        let pb::TraceRecordRequest {
+            volume,
+            duration_ms,
+        } = request.into_inner();
         let duration = std::time::Duration::from_millis(duration_ms);
         let span = self.span("TraceRecord", Effect::Works, caller, &volume);
-        let checked = validate::name("volume", &volume).and_then(|()| validate::recording(duration));
-        self.unary(span, checked, self.engine.record_trace(volume, duration)).await
+        let checked =
+            validate::name("volume", &volume).and_then(|()| validate::recording(duration));
+        self.unary(span, checked, self.engine.record_trace(volume, duration))
+            .await
     }
 
-    async fn forecast(&self, request: Request<pb::ForecastRequest>) -> Result<Response<pb::ForecastReport>, Status> {
+    async fn forecast(
+        &self,
+        request: Request<pb::ForecastRequest>,
+    ) -> Result<Response<pb::ForecastReport>, Status> {
         let span = self.span("Forecast", Effect::Reads, caller(&request), "");
         let pb::ForecastRequest { volume, horizon_s } = request.into_inner();
         let horizon = std::time::Duration::from_secs(horizon_s);
         let checked = validate::name("volume", &volume).and_then(|()| validate::horizon(horizon));
-        self.unary(span, checked, self.engine.forecast(volume, horizon)).await
+        self.unary(span, checked, self.engine.forecast(volume, horizon))
+            .await
     }
 
-    async fn model_show(&self, request: Request<pb::ModelRequest>) -> Result<Response<pb::ModelReport>, Status> {
+    async fn model_show(
+        &self,
+        request: Request<pb::ModelRequest>,
+    ) -> Result<Response<pb::ModelReport>, Status> {
         let span = self.span("ModelShow", Effect::Reads, caller(&request), "");
-        self.unary(span, Ok(()), self.engine.model_show(some(request.into_inner().volume))).await
+        self.unary(
+            span,
+            Ok(()),
+            self.engine.model_show(some(request.into_inner().volume)),
+        )
+        .await
     }
 
-    async fn model_train(&self, request: Request<pb::ModelRequest>) -> Result<Response<pb::ModelReport>, Status> {
+    async fn model_train(
+        &self,
+        request: Request<pb::ModelRequest>,
+    ) -> Result<Response<pb::ModelReport>, Status> {
         let caller = caller(&request);
         let volume = request.into_inner().volume;
         let span = self.span("ModelTrain", Effect::Works, caller, &volume);
-        self.unary(span, Ok(()), self.engine.model_train(some(volume))).await
+        self.unary(span, Ok(()), self.engine.model_train(some(volume)))
+            .await
     }
 
     async fn publish_event(
@@ -439,8 +590,18 @@ impl SnapshotOrchestration for Service {
         let event = request.into_inner().event;
         let event = event.ok_or_else(|| to_status(WireError::Missing { field: "event" }.into()))?;
         let event: super::types::Event = read!(event);
-        let span = self.span("PublishEvent", Effect::Changes, caller, &format!("{} {}", event.source, event.id));
-        self.unary(span, validate::event(&event), self.engine.publish_event(event)).await
+        let span = self.span(
+            "PublishEvent",
+            Effect::Changes,
+            caller,
+            &format!("{} {}", event.source, event.id),
+        );
+        self.unary(
+            span,
+            validate::event(&event),
+            self.engine.publish_event(event),
+        )
+        .await
     }
 
     async fn list_events(
@@ -448,29 +609,68 @@ impl SnapshotOrchestration for Service {
         request: Request<pb::ListEventsRequest>,
     ) -> Result<Response<pb::ListEventsResponse>, Status> {
         let span = self.span("ListEvents", Effect::Reads, caller(&request), "");
-        let pb::ListEventsRequest { since_unix_ns, limit } = request.into_inner();
-        let limit = if limit == 0 { 100 } else { limit.min(100_000) as usize };
-        self.unary(span, Ok(()), self.engine.list_events(EventQuery { since: since_unix_ns, limit })).await
+        let pb::ListEventsRequest {
+            since_unix_ns,
+            limit,
+        } = request.into_inner();
+        let limit = if limit == 0 {
+            100
+        } else {
+            limit.min(100_000) as usize
+        };
+        self.unary(
+            span,
+            Ok(()),
+            self.engine.list_events(EventQuery {
+                since: since_unix_ns,
+                limit,
+            }),
+        )
+        .await
     }
 
-    async fn stage_status(&self, request: Request<pb::StageRequest>) -> Result<Response<pb::StageReport>, Status> {
+    async fn stage_status(
+        &self,
+        request: Request<pb::StageRequest>,
+    ) -> Result<Response<pb::StageReport>, Status> {
         let span = self.span("StageStatus", Effect::Reads, caller(&request), "");
         let volume = request.into_inner().volume;
-        self.unary(span, validate::name("volume", &volume), self.engine.stage_status(volume)).await
+        self.unary(
+            span,
+            validate::name("volume", &volume),
+            self.engine.stage_status(volume),
+        )
+        .await
     }
 
-    async fn stage_now(&self, request: Request<pb::StageRequest>) -> Result<Response<pb::StageReport>, Status> {
+    async fn stage_now(
+        &self,
+        request: Request<pb::StageRequest>,
+    ) -> Result<Response<pb::StageReport>, Status> {
         let caller = caller(&request);
         let volume = request.into_inner().volume;
         let span = self.span("StageNow", Effect::Works, caller, &volume);
-        self.unary(span, validate::name("volume", &volume), self.engine.stage_now(volume)).await
+        self.unary(
+            span,
+            validate::name("volume", &volume),
+            self.engine.stage_now(volume),
+        )
+        .await
     }
 
-    async fn stage_drop(&self, request: Request<pb::StageRequest>) -> Result<Response<pb::StageReport>, Status> {
+    async fn stage_drop(
+        &self,
+        request: Request<pb::StageRequest>,
+    ) -> Result<Response<pb::StageReport>, Status> {
         let caller = caller(&request);
         let volume = request.into_inner().volume;
         let span = self.span("StageDrop", Effect::Changes, caller, &volume);
-        self.unary(span, validate::name("volume", &volume), self.engine.stage_drop(volume)).await
+        self.unary(
+            span,
+            validate::name("volume", &volume),
+            self.engine.stage_drop(volume),
+        )
+        .await
     }
 
     type WatchStream = BoxStream<'static, Result<pb::WatchItem, Status>>;
@@ -479,7 +679,8 @@ impl SnapshotOrchestration for Service {
         let span = self.span("Watch", Effect::Reads, caller(&request), "");
         let group = some(request.into_inner().group_name);
         let checked = group.as_deref().map_or(Ok(()), validate::group_name);
-        self.stream(span, checked, self.engine.watch(group), |_| false).await
+        self.stream(span, checked, self.engine.watch(group), |_| false)
+            .await
     }
 }
 
@@ -488,7 +689,10 @@ fn split_piece(
     piece: Result<Vec<crate::seam::ByteRange>, EngineError>,
 ) -> BoxStream<'static, Result<Vec<crate::seam::ByteRange>, EngineError>> {
     let pieces: Vec<_> = match piece {
-        Ok(ranges) => ranges.chunks(EXTENTS_PER_CHUNK).map(|chunk| Ok(chunk.to_vec())).collect(),
+        Ok(ranges) => ranges
+            .chunks(EXTENTS_PER_CHUNK)
+            .map(|chunk| Ok(chunk.to_vec()))
+            .collect(),
         Err(error) => vec![Err(error)],
     };
     futures::stream::iter(pieces).boxed()
@@ -508,13 +712,22 @@ mod tests {
 
     #[test]
     fn a_foreign_status_is_told_by_its_code() {
-        assert_eq!(from_status(&Status::data_loss("x")).kind, ErrorKind::Integrity);
+        assert_eq!(
+            from_status(&Status::data_loss("x")).kind,
+            ErrorKind::Integrity
+        );
         assert_eq!(from_status(&Status::unknown("x")).kind, ErrorKind::Internal);
-        assert_eq!(from_status(&Status::unimplemented("x")).kind, ErrorKind::Unsupported);
+        assert_eq!(
+            from_status(&Status::unimplemented("x")).kind,
+            ErrorKind::Unsupported
+        );
     }
 
     #[test]
     fn a_request_without_credentials_is_refused() {
-        assert_eq!(check_peer(Request::new(())).unwrap_err().code(), Code::PermissionDenied);
+        assert_eq!(
+            check_peer(Request::new(())).unwrap_err().code(),
+            Code::PermissionDenied
+        );
     }
 }

@@ -33,7 +33,10 @@ impl MemoryEngine {
         *self.failure.lock().unwrap() = Some(EngineError::new(kind, message));
     }
 
-    fn answer<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T, EngineError>) -> Reply<'_, T> {
+    fn answer<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, EngineError>,
+    ) -> Reply<'_, T> {
         let result = match self.failure.lock().unwrap().take() {
             Some(error) => Err(error),
             None => work(),
@@ -47,7 +50,9 @@ impl MemoryEngine {
 
     fn group(&self, name: &str) -> Result<GroupStatus, EngineError> {
         let groups = self.groups.lock().unwrap();
-        groups.get(name).cloned().ok_or_else(|| EngineError::not_found(format!("there is no group {name}; see `soe group list`")))
+        groups.get(name).cloned().ok_or_else(|| {
+            EngineError::not_found(format!("there is no group {name}; see `soe group list`"))
+        })
     }
 }
 
@@ -61,7 +66,10 @@ impl Engine for MemoryEngine {
             *self.last_spec.lock().unwrap() = Some(spec.clone());
             let mut groups = self.groups.lock().unwrap();
             if groups.contains_key(&spec.name) {
-                return Err(EngineError::new(ErrorKind::AlreadyExists, format!("there is a group {} already", spec.name)));
+                return Err(EngineError::new(
+                    ErrorKind::AlreadyExists,
+                    format!("there is a group {} already", spec.name),
+                ));
             }
             let mut status = samples::group(&spec.name, &spec.volumes);
             status.prediction_enabled = spec.prediction_enabled;
@@ -78,8 +86,13 @@ impl Engine for MemoryEngine {
         self.answer(|| {
             let mut status = self.group(&update.name)?;
             status.rpo_s = update.rpo_s.unwrap_or(status.rpo_s);
-            status.prediction_enabled = update.prediction_enabled.unwrap_or(status.prediction_enabled);
-            self.groups.lock().unwrap().insert(update.name, status.clone());
+            status.prediction_enabled = update
+                .prediction_enabled
+                .unwrap_or(status.prediction_enabled);
+            self.groups
+                .lock()
+                .unwrap()
+                .insert(update.name, status.clone());
             Ok(status)
         })
     }
@@ -103,7 +116,12 @@ impl Engine for MemoryEngine {
     fn capture(&self, group: String, kind: Option<LayerKind>) -> Reply<'_, Vec<LayerInfo>> {
         self.answer(|| {
             *self.last_kind.lock().unwrap() = Some(kind);
-            Ok(self.group(&group)?.volumes.iter().map(|v| samples::layer(&v.volume, 6)).collect())
+            Ok(self
+                .group(&group)?
+                .volumes
+                .iter()
+                .map(|v| samples::layer(&v.volume, 6))
+                .collect())
         })
     }
 
@@ -112,7 +130,9 @@ impl Engine for MemoryEngine {
             let group = self.group(&group)?;
             let names = group.volumes.iter().map(|v| v.volume.clone());
             let names = names.filter(|v| volume.as_ref().is_none_or(|only| only == v));
-            Ok(names.flat_map(|v| (1..=2).map(move |n| samples::layer(&v, n))).collect())
+            Ok(names
+                .flat_map(|v| (1..=2).map(move |n| samples::layer(&v, n)))
+                .collect())
         })
     }
 
@@ -120,19 +140,44 @@ impl Engine for MemoryEngine {
         self.answer(|| Ok(samples::layer_detail()))
     }
 
-    fn verify_layers(&self, _group: String, _volume: Option<String>) -> StreamReply<'_, VerifyEvent> {
+    fn verify_layers(
+        &self,
+        _group: String,
+        _volume: Option<String>,
+    ) -> StreamReply<'_, VerifyEvent> {
         let problems = self.problems.lock().unwrap().clone();
-        let mut items = vec![Ok(VerifyEvent::Progress { layer: "layer-1".into(), bytes_checked: 5, bytes_total: 10 })];
+        let mut items = vec![Ok(VerifyEvent::Progress {
+            layer: "layer-1".into(),
+            bytes_checked: 5,
+            bytes_total: 10,
+        })];
         items.extend(problems.iter().map(|what| {
-            Ok(VerifyEvent::Problem { layer: "layer-1".into(), volume: "/dev/loop0".into(), what: what.clone() })
+            Ok(VerifyEvent::Problem {
+                layer: "layer-1".into(),
+                volume: "/dev/loop0".into(),
+                what: what.clone(),
+            })
         }));
         let problems = problems.len() as u64;
-        items.push(Ok(VerifyEvent::Summary { layers: 2, blocks: 3, bytes: 10, problems }));
+        items.push(Ok(VerifyEvent::Summary {
+            layers: 2,
+            blocks: 3,
+            bytes: 10,
+            problems,
+        }));
         self.stream(items)
     }
 
-    fn diff_layers(&self, _g: String, _v: String, _from: String, _to: String) -> StreamReply<'_, Vec<ByteRange>> {
-        let many = (0..10_000).map(|i| ByteRange::new(i * 131_072, 65_536)).collect();
+    fn diff_layers(
+        &self,
+        _g: String,
+        _v: String,
+        _from: String,
+        _to: String,
+    ) -> StreamReply<'_, Vec<ByteRange>> {
+        let many = (0..10_000)
+            .map(|i| ByteRange::new(i * 131_072, 65_536))
+            .collect();
         self.stream(vec![Ok(many), Ok(vec![ByteRange::new(1 << 40, 4096)])])
     }
 
@@ -150,7 +195,10 @@ impl Engine for MemoryEngine {
                 bytes_zeroed: 0,
             })
         };
-        let mut steps = vec![step(RestorePhase::Planning, 0), step(RestorePhase::Writing, 60)];
+        let mut steps = vec![
+            step(RestorePhase::Planning, 0),
+            step(RestorePhase::Writing, 60),
+        ];
         if !*self.break_off.lock().unwrap() {
             steps.push(step(RestorePhase::Done, 100));
         }
@@ -180,7 +228,9 @@ impl Engine for MemoryEngine {
     fn publish_event(&self, event: Event) -> Reply<'_, bool> {
         self.answer(|| {
             let mut events = self.events.lock().unwrap();
-            let known = events.iter().any(|e| (&e.source, &e.id) == (&event.source, &event.id));
+            let known = events
+                .iter()
+                .any(|e| (&e.source, &e.id) == (&event.source, &event.id));
             if !known {
                 events.push(event);
             }
@@ -189,11 +239,26 @@ impl Engine for MemoryEngine {
     }
 
     fn list_events(&self, query: EventQuery) -> Reply<'_, Vec<Event>> {
-        self.answer(|| Ok(self.events.lock().unwrap().iter().rev().take(query.limit).cloned().collect()))
+        self.answer(|| {
+            Ok(self
+                .events
+                .lock()
+                .unwrap()
+                .iter()
+                .rev()
+                .take(query.limit)
+                .cloned()
+                .collect())
+        })
     }
 
     fn stage_status(&self, volume: String) -> Reply<'_, StageReport> {
-        self.answer(|| Ok(StageReport { volume, status: samples::staging() }))
+        self.answer(|| {
+            Ok(StageReport {
+                volume,
+                status: samples::staging(),
+            })
+        })
     }
 
     fn stage_now(&self, volume: String) -> Reply<'_, StageReport> {
@@ -201,12 +266,22 @@ impl Engine for MemoryEngine {
     }
 
     fn stage_drop(&self, volume: String) -> Reply<'_, StageReport> {
-        self.answer(|| Ok(StageReport { volume, status: StagingStatus::default() }))
+        self.answer(|| {
+            Ok(StageReport {
+                volume,
+                status: StagingStatus::default(),
+            })
+        })
     }
 
     /// Everything once, then nothing for ever.
     fn watch(&self, _group: Option<String>) -> StreamReply<'_, WatchItem> {
-        let items = samples::watch_events().into_iter().map(|event| Ok(WatchItem { at: samples::T0, event }));
+        let items = samples::watch_events().into_iter().map(|event| {
+            Ok(WatchItem {
+                at: samples::T0,
+                event,
+            })
+        });
         let endless = stream::iter(items.collect::<Vec<_>>()).chain(stream::pending());
         self.answer(|| Ok(endless.boxed()))
     }

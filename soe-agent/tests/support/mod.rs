@@ -40,17 +40,37 @@ impl Daemon {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::default();
         config.agent.state_dir = Some(dir.path().to_owned());
-        config.api.listen = format!("unix:{}", dir.path().join("run/soe.sock").display()).parse().unwrap();
+        config.api.listen = format!("unix:{}", dir.path().join("run/soe.sock").display())
+            .parse()
+            .unwrap();
         config.api.http = Some("127.0.0.1:0".parse().unwrap());
         change(&mut config);
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
         let listeners = Listeners::open(&config).unwrap();
         let http = listeners.http_address();
         let engine = Arc::new(MemoryEngine::default());
         let metrics = Arc::new(Metrics::new());
         let (stop, stopping) = watch::channel(false);
-        let served = runtime.spawn(listeners.serve(engine.clone(), metrics.clone(), Arc::new(SystemClock), stopping));
-        Self { engine, metrics, http, config, stop, served: Some(served), runtime, dir }
+        let served = runtime.spawn(listeners.serve(
+            engine.clone(),
+            metrics.clone(),
+            Arc::new(SystemClock),
+            stopping,
+        ));
+        Self {
+            engine,
+            metrics,
+            http,
+            config,
+            stop,
+            served: Some(served),
+            runtime,
+            dir,
+        }
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -70,8 +90,13 @@ impl Daemon {
     pub fn json(&self, args: &[&str]) -> serde_json::Value {
         let args: Vec<&str> = args.iter().copied().chain(["--json"]).collect();
         let output = self.soe(&args);
-        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{args:?}: {e}: {}", text(&output.stdout)))
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            text(&output.stderr)
+        );
+        serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|e| panic!("{args:?}: {e}: {}", text(&output.stdout)))
     }
 
     pub fn audit(&self) -> Vec<soe_agent::api::audit::Line> {
@@ -108,8 +133,13 @@ pub fn soe(args: &[&str]) -> Output {
 
 pub fn soe_with(args: &[&str], change: impl FnOnce(&mut Command)) -> Output {
     let mut command = Command::new("timeout");
-    command.args(["-s", "KILL", "30", env!("CARGO_BIN_EXE_soe")]).args(args);
-    command.env_remove("SOE_ENDPOINT").env_remove("STATE_DIRECTORY").stdin(Stdio::null());
+    command
+        .args(["-s", "KILL", "30", env!("CARGO_BIN_EXE_soe")])
+        .args(args);
+    command
+        .env_remove("SOE_ENDPOINT")
+        .env_remove("STATE_DIRECTORY")
+        .stdin(Stdio::null());
     change(&mut command);
     command.output().unwrap()
 }
@@ -117,10 +147,21 @@ pub fn soe_with(args: &[&str], change: impl FnOnce(&mut Command)) -> Output {
 /// Asserts the exit code and that standard error is exactly one sentence.
 pub fn fails(output: &Output, code: i32, contains: &str) {
     let sentence = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{sentence}{}", text(&output.stdout));
-    assert!(sentence.starts_with("soe: ") && sentence.lines().count() == 1, "{sentence:?} is not one sentence");
+    assert_eq!(
+        output.status.code(),
+        Some(code),
+        "{sentence}{}",
+        text(&output.stdout)
+    );
+    assert!(
+        sentence.starts_with("soe: ") && sentence.lines().count() == 1,
+        "{sentence:?} is not one sentence"
+    );
     assert!(!sentence.contains("panicked"), "{sentence}");
-    assert!(sentence.contains(contains), "{sentence:?} does not say {contains:?}");
+    assert!(
+        sentence.contains(contains),
+        "{sentence:?} does not say {contains:?}"
+    );
 }
 
 pub fn write(path: &Path, text: &str) -> PathBuf {

@@ -12,7 +12,11 @@ pub fn layer(volume: &str, sequence: u64) -> LayerInfo {
         group: "db".into(),
         volume: volume.into(),
         sequence,
-        kind: if sequence == 1 { LayerKind::Baseline } else { LayerKind::Differential },
+        kind: if sequence == 1 {
+            LayerKind::Baseline
+        } else {
+            LayerKind::Differential
+        },
         level: ConsistencyLevel::Filesystem,
         method: CutMethod::Freeze,
         pause_us: 32_000,
@@ -37,7 +41,10 @@ pub fn prediction() -> Prediction {
         load_now: Some(1.5e6),
         next_burst_at: Some(T0 + 3_600_000_000_000),
         burst_probability: Some(0.75),
-        next_low_window: Some(TimeWindow { start: T0 + 60_000_000_000, end: T0 + 120_000_000_000 }),
+        next_low_window: Some(TimeWindow {
+            start: T0 + 60_000_000_000,
+            end: T0 + 120_000_000_000,
+        }),
         model: Some("ewma".into()),
         model_reason: Some("least loss over 7 days".into()),
     }
@@ -55,7 +62,11 @@ pub fn staging() -> StagingStatus {
 }
 
 pub fn decision() -> Decision {
-    Decision { at: T0, action: "capture".into(), reason: "quiet window, rpo half used".into() }
+    Decision {
+        at: T0,
+        action: "capture".into(),
+        reason: "quiet window, rpo half used".into(),
+    }
 }
 
 pub fn volume_status(volume: &str) -> VolumeStatus {
@@ -139,7 +150,15 @@ pub fn forecast() -> ForecastReport {
         issued_at: T0,
         bin_s: 300,
         predicted: prediction(),
-        points: vec![ForecastPoint { start: T0, q10: 1.0, q50: 2.0, q80: 3.0, q90: 4.0, q95: 5.0, q99: 6.0 }],
+        points: vec![ForecastPoint {
+            start: T0,
+            q10: 1.0,
+            q50: 2.0,
+            q80: 3.0,
+            q90: 4.0,
+            q95: 5.0,
+            q99: 6.0,
+        }],
     }
 }
 
@@ -148,9 +167,16 @@ pub fn model() -> ModelReport {
         volume: Some("/dev/loop0".into()),
         serving: "network".into(),
         reason: "least loss".into(),
-        members: vec![MemberScore { member: "ewma".into(), quantile_loss: Some(0.25), matured: 9 }],
+        members: vec![MemberScore {
+            member: "ewma".into(),
+            quantile_loss: Some(0.25),
+            matured: 9,
+        }],
         trained_at: Some(T0),
-        trained_on: Some(TimeWindow { start: T0 - 5, end: T0 }),
+        trained_on: Some(TimeWindow {
+            start: T0 - 5,
+            end: T0,
+        }),
         training_samples: 1000,
         seed: Some(1),
         parameters: Some(14_000),
@@ -193,7 +219,10 @@ pub fn trace() -> TraceReport {
         records: 10,
         dropped: 1,
         sampled_out: 2,
-        window: TimeWindow { start: T0, end: T0 + 1_000_000_000 },
+        window: TimeWindow {
+            start: T0,
+            end: T0 + 1_000_000_000,
+        },
         files: vec!["io_trace/x.parquet".into()],
     }
 }
@@ -214,9 +243,17 @@ pub fn watch_events() -> Vec<WatchEvent> {
     vec![
         WatchEvent::Load(load()),
         WatchEvent::Layer(Box::new(layer("/dev/loop0", 2))),
-        WatchEvent::Decision { volume: "/dev/loop0".into(), decision: decision() },
-        WatchEvent::Staging(StageReport { volume: "/dev/loop0".into(), status: staging() }),
-        WatchEvent::Published { published: Box::new(event("e")) },
+        WatchEvent::Decision {
+            volume: "/dev/loop0".into(),
+            decision: decision(),
+        },
+        WatchEvent::Staging(StageReport {
+            volume: "/dev/loop0".into(),
+            status: staging(),
+        }),
+        WatchEvent::Published {
+            published: Box::new(event("e")),
+        },
         WatchEvent::Tracking {
             volume: "/dev/loop0".into(),
             tracking: TrackingState::Tainted,
