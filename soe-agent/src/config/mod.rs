@@ -11,6 +11,7 @@
 //! effect at once ([`reload::LIVE`]) and which wait for a restart; the daemon logs both.
 
 mod error;
+mod readers;
 mod reload;
 mod schema;
 pub mod units;
