@@ -15,7 +15,7 @@ use aya_ebpf::{
 };
 use soe_common::record::{
     CHUNK_BLOCKS, CHUNKS_PER_PAGE, ChunkStamp, DISK_BIO_BASED, DISK_NVME, DISK_SCSI, DiskControl,
-    DiskCounters, MAX_SLICES, SLOT_PATH, StashedBio, TAINT_DISCARD, TAINT_PASSTHROUGH, TAINT_RANGE,
+    DiskCounters, MAX_SLICES, SLOT_PATH, StampPage, StashedBio, TAINT_DISCARD, TAINT_PASSTHROUGH, TAINT_RANGE,
     TAINT_STASH, op,
 };
 
@@ -24,6 +24,9 @@ use crate::maps::{CHUNKS, CONTROL, COUNTERS, SLOTS, STAMPS, STASH};
 
 /// Bios that one discard request may hold before the volume is tainted.
 const MAX_DISCARD_BIOS: u32 = 256;
+/// Blocks that are stamped without a call of bpf_loop; at 64 KiB a block these are 2 MiB, more than
+/// nearly all bios. The verifier walks every turn of a loop, so it is kept short.
+const SHORT_RUN: usize = 32;
 /// `BLK_STS_AGAIN`: the bio never reached the device.
 const STATUS_AGAIN: u8 = 12;
 
@@ -136,8 +139,8 @@ impl Disk {
         let epoch = self.epoch();
         let first = sector >> shift;
         let last = (sector + sectors - 1) >> shift;
-        if first / CHUNK_BLOCKS == last / CHUNK_BLOCKS && last - first < CHUNK_BLOCKS - 1 {
-            if !stamp_part(
+        if first / CHUNK_BLOCKS == last / CHUNK_BLOCKS && last - first < SHORT_RUN as u64 {
+            if !stamp_part::<SHORT_RUN>(
                 self.slot,
                 first / CHUNK_BLOCKS,
                 (first % CHUNK_BLOCKS) as u32,
@@ -151,19 +154,20 @@ impl Disk {
         let mut range = Range {
             slot: self.slot,
             epoch,
-            first,
-            last,
+            next: first,
             failed: 0,
         };
-        let chunks = last / CHUNK_BLOCKS - first / CHUNK_BLOCKS + 1;
-        // SAFETY: the callback has the signature that bpf_loop wants, the context outlives the call.
-        unsafe {
-            bpf_loop(
-                chunks as u32,
-                stamp_chunk as *mut c_void,
-                (&raw mut range).cast(),
-                0,
-            );
+        let into_chunk = first % CHUNK_BLOCKS;
+        if into_chunk != 0 {
+            let rest = CHUNK_BLOCKS - into_chunk;
+            let blocks = last - first + 1;
+            range.each(if blocks < rest { blocks } else { rest }, stamp_block);
+        }
+        if range.next <= last {
+            range.each((last + 1 - range.next) / CHUNK_BLOCKS, stamp_chunk);
+        }
+        if range.next <= last {
+            range.each(last + 1 - range.next, stamp_block);
         }
         if range.failed != 0 {
             self.taint(TAINT_RANGE);
@@ -171,34 +175,51 @@ impl Disk {
     }
 }
 
-/// A range of blocks that reaches over more than one chunk, or covers one wholly.
+/// A long range of blocks on its way: single blocks up to a chunk's border, whole chunks, the rest.
 #[repr(C)]
 struct Range {
     slot: u32,
     epoch: u32,
-    first: u64,
-    last: u64,
+    next: u64,
     failed: u64,
 }
 
-extern "C" fn stamp_chunk(index: u32, range: *mut Range) -> c_long {
+impl Range {
+    #[inline(always)]
+    fn each(&mut self, times: u64, step: extern "C" fn(u32, *mut Range) -> c_long) {
+        // SAFETY: the callback has the signature that bpf_loop wants, the context outlives the call.
+        unsafe {
+            bpf_loop(
+                times as u32,
+                step as *mut c_void,
+                (self as *mut Range).cast(),
+                0,
+            );
+        }
+    }
+}
+
+extern "C" fn stamp_block(_index: u32, range: *mut Range) -> c_long {
     // SAFETY: bpf_loop hands back the pointer it was given.
     let range = unsafe { &mut *range };
-    let chunk = range.first / CHUNK_BLOCKS + index as u64;
-    let low = if index == 0 { range.first % CHUNK_BLOCKS } else { 0 };
-    let high = if chunk == range.last / CHUNK_BLOCKS {
-        range.last % CHUNK_BLOCKS
-    } else {
-        CHUNK_BLOCKS - 1
-    };
-    let stamped = if low == 0 && high == CHUNK_BLOCKS - 1 {
-        stamp_whole(range.slot, chunk, range.epoch)
-    } else {
-        stamp_part(range.slot, chunk, low as u32, high as u32, range.epoch)
-    };
-    if !stamped {
+    let (chunk, block) = (
+        range.next / CHUNK_BLOCKS,
+        (range.next % CHUNK_BLOCKS) as u32,
+    );
+    if !stamp_part::<1>(range.slot, chunk, block, block, range.epoch) {
         range.failed = 1;
     }
+    range.next += 1;
+    0
+}
+
+extern "C" fn stamp_chunk(_index: u32, range: *mut Range) -> c_long {
+    // SAFETY: bpf_loop hands back the pointer it was given.
+    let range = unsafe { &mut *range };
+    if !stamp_whole(range.slot, range.next / CHUNK_BLOCKS, range.epoch) {
+        range.failed = 1;
+    }
+    range.next += CHUNK_BLOCKS;
     0
 }
 
@@ -221,6 +242,17 @@ fn raise(stamp: *mut u32, epoch: u32) {
     }
 }
 
+/// The stamp at `index` of a page. The mask is written out, because the compiler would turn the
+/// loop over a page into a moving pointer, whose bounds the verifier cannot see.
+#[inline(always)]
+fn stamp_at(page: *mut StampPage, index: u32) -> *mut u32 {
+    let mut offset = index as u64 * 4;
+    // SAFETY: arithmetic on a register.
+    unsafe { core::arch::asm!("{0} &= 4095", inout(reg) offset) };
+    // SAFETY: a multiple of 4 below the size of a page.
+    unsafe { page.cast::<u8>().add(offset as usize).cast() }
+}
+
 #[inline(always)]
 fn stamp_whole(slot: u32, chunk: u64, epoch: u32) -> bool {
     let Some(stamp) = chunk_stamp(slot, chunk) else {
@@ -235,17 +267,13 @@ fn stamp_whole(slot: u32, chunk: u64, epoch: u32) -> bool {
 }
 
 #[inline(always)]
-fn stamp_part(slot: u32, chunk: u64, low: u32, high: u32, epoch: u32) -> bool {
+fn stamp_part<const MOST: usize>(slot: u32, chunk: u64, low: u32, high: u32, epoch: u32) -> bool {
     let Some(page) = STAMPS.get_value_ptr_mut(slot, &(chunk as u32)) else {
         return false;
     };
     let mut index = low;
-    for _ in 0..CHUNK_BLOCKS {
-        // SAFETY: the index is masked to the page.
-        raise(
-            unsafe { &raw mut (*page)[(index as u64 & (CHUNK_BLOCKS - 1)) as usize] },
-            epoch,
-        );
+    for _ in 0..MOST {
+        raise(stamp_at(page, index), epoch);
         if index >= high {
             break;
         }
@@ -410,24 +438,29 @@ fn mark_bio_done(ctx: BtfTracePointContext) -> i32 {
         return 0;
     };
     let status = bio.status();
+    let (sector, sectors, failed);
     if disk.flags() & DISK_BIO_BASED == 0 {
-        let sectors = (bio.bytes() >> 9) as u64;
-        if sectors != 0 {
-            // SAFETY: points into a map value.
-            fetch_add(unsafe { &raw mut (*disk.counters).rejected }, sectors);
-            completed(disk, bio.sector(), sectors, status != 0 && status != STATUS_AGAIN);
-        }
-        return 0;
+        sector = bio.sector();
+        sectors = (bio.bytes() >> 9) as u64;
+        failed = status != 0 && status != STATUS_AGAIN;
+        // SAFETY: points into a map value.
+        fetch_add(unsafe { &raw mut (*disk.counters).rejected }, sectors);
+    } else {
+        // The bio's own range may have moved by now: it is as it was queued. The front of a split
+        // bio has no entry; its sectors are those of the bio it was split from, which ends last.
+        let key = bio.0 as u64;
+        // SAFETY: the entry is removed only here, by the one completion of its bio.
+        let Some(&stashed) = (unsafe { STASH.get(key) }) else {
+            return 0;
+        };
+        let _ = STASH.remove(key);
+        sector = stashed.sector;
+        sectors = stashed.sectors as u64;
+        failed = status != 0;
     }
-    // The bio's own range may have moved by now: it is as it was queued. The front of a split bio
-    // has no entry; its sectors are those of the bio it was split from, which ends last.
-    let key = bio.0 as u64;
-    // SAFETY: the entry is removed only here, by the one completion of its bio.
-    let Some(&stashed) = (unsafe { STASH.get(key) }) else {
-        return 0;
-    };
-    let _ = STASH.remove(key);
-    completed(disk, stashed.sector, stashed.sectors as u64, status != 0);
+    if sectors != 0 {
+        completed(disk, sector, sectors, failed);
+    }
     0
 }
 

@@ -14,6 +14,11 @@
 //! later pass or of the cut. A write that is under way during a scan is found by a later one, for a
 //! cut needs nothing in flight.
 //!
+//! That argument leans on completion marks. Where a completion program was skipped since a pass, the
+//! write it belonged to may have been queued, and stamped, before that pass and landed after its
+//! read. It was queued after the last proven quiet instant, though, so the next scan goes back to that
+//! one's epoch. (Without such an instant the attempt starts over: [`select::judge`].)
+//!
 //! # Why the window is sound
 //!
 //! [`Attempt::window`] bumps every volume (full fence), then takes the first readings. A reading
@@ -40,7 +45,7 @@ use super::sink::{LayerSink, VolumePlan};
 use super::types::{
     CaptureParts, CapturePolicy, CutRecord, LayerKind, Level, Mutation, VolumeCut, VolumeParts,
 };
-use crate::seam::{ByteRange, Clock, GenerationEnd, Pace, Reading, Tracking, UnixNanos};
+use crate::seam::{ByteRange, Clock, GenerationEnd, Misses, Pace, Reading, Tracking, UnixNanos};
 
 /// Assumed until something was read, in bytes per second: below any disk worth an agent.
 const FIRST_BANDWIDTH: f64 = 100e6;
@@ -55,9 +60,11 @@ struct Volume<'a> {
     generation: Uuid,
     kind: LayerKind,
     reference: Reference,
-    start: crate::seam::Misses,
+    start: Misses,
     /// The next scan takes stamps of this epoch or later; `None` takes everything.
     since: Option<Epoch>,
+    /// Completions missed before the reads that `since` stands for began.
+    missed_before: u64,
     bytes_read: u64,
     /// The try under way.
     epoch: Epoch,
@@ -167,7 +174,8 @@ impl<'a, 'p> Attempt<'a, 'p> {
     pub(super) fn pending(&self) -> Result<u64, CaptureError> {
         let mut bytes = 0;
         for volume in &self.volumes {
-            bytes += ranges::total(&volume.scan()?);
+            let now = volume.parts.map.reading()?.misses;
+            bytes += ranges::total(&volume.scan(&now, &self.policy)?);
         }
         Ok(bytes)
     }
@@ -187,7 +195,8 @@ impl<'a, 'p> Attempt<'a, 'p> {
         // A volume with nothing to read keeps its epoch: selecting from an older one is always safe.
         let mut dirty = Vec::new();
         for (number, volume) in self.volumes.iter().enumerate() {
-            if !volume.scan()?.is_empty() {
+            let now = volume.parts.map.reading()?.misses;
+            if !volume.scan(&now, &self.policy)?.is_empty() {
                 dirty.push((number, volume.parts.map.bump()?));
             }
         }
@@ -205,22 +214,27 @@ impl<'a, 'p> Attempt<'a, 'p> {
             let Some(volume) = self.volumes.get_mut(number) else {
                 continue;
             };
-            let selected = volume.scan()?;
+            let misses = volume.parts.map.reading()?.misses;
+            let selected = volume.scan(&misses, &self.policy)?;
             let mut refused = None;
             let unit = volume.unit;
-            let read = volume.parts.reader.read(&selected, unit, &pace, &mut |offset, data| {
-                let block = BlockIndex(offset / u64::from(unit));
-                sink.put_block(number, block, data).map_err(|error| {
-                    refused = Some(error);
-                    io::Error::other("the layer store refused a block")
-                })
-            });
+            let read = volume
+                .parts
+                .reader
+                .read(&selected, unit, &pace, &mut |offset, data| {
+                    let block = BlockIndex(offset / u64::from(unit));
+                    sink.put_block(number, block, data).map_err(|error| {
+                        refused = Some(error);
+                        io::Error::other("the layer store refused a block")
+                    })
+                });
             if let Some(source) = refused {
                 return Err(CaptureError::Sink { source });
             }
             read.map_err(|source| volume.read_error(source))?;
             volume.bytes_read += ranges::total(&selected);
             volume.since = Some(epoch);
+            volume.missed_before = misses.complete;
             copied += ranges::total(&selected);
         }
         let busy = (self.parts.clock.monotonic() - began).saturating_sub(pace.waited());
@@ -299,7 +313,7 @@ impl<'a, 'p> Attempt<'a, 'p> {
             return Ok(Err(Moved::InFlight));
         };
         if policy.mutated(Mutation::ResidualBeforeCounters) {
-            fix_residuals(volumes)?;
+            fix_residuals(volumes, &policy)?;
         }
         for volume in volumes.iter_mut() {
             volume.epoch = volume.parts.map.bump()?;
@@ -313,7 +327,7 @@ impl<'a, 'p> Attempt<'a, 'p> {
         let opened = clock.monotonic();
         let at = clock.now();
         if !policy.mutated(Mutation::ResidualBeforeCounters) {
-            fix_residuals(volumes)?;
+            fix_residuals(volumes, &policy)?;
         }
         if ranges_total(volumes) > policy.memory_limit {
             return Ok(Err(Moved::TooMuch));
@@ -376,9 +390,11 @@ fn ranges_total(volumes: &[Volume<'_>]) -> u64 {
     volumes.iter().map(|v| ranges::total(&v.scan)).sum()
 }
 
-fn fix_residuals(volumes: &mut [Volume<'_>]) -> Result<(), CaptureError> {
+fn fix_residuals(volumes: &mut [Volume<'_>], policy: &CapturePolicy) -> Result<(), CaptureError> {
     for volume in volumes {
-        volume.scan = volume.scan()?;
+        // The window counts only if the totals are still the same at the second reading.
+        let misses = volume.first.map(|first| first.misses).unwrap_or_default();
+        volume.scan = volume.scan(&misses, policy)?;
     }
     Ok(())
 }
@@ -440,14 +456,16 @@ impl<'a> Volume<'a> {
         }
         let generation = map.generation();
         let (kind, since) = select::layer_kind(baseline, parts.base.as_ref(), generation);
+        let start = map.reading()?.misses;
         let volume = Self {
             unit,
             bytes,
             generation,
             kind,
             reference: Reference::new(parts.base.as_ref(), generation),
-            start: map.reading()?.misses,
+            start,
             since,
+            missed_before: start.complete,
             bytes_read: 0,
             epoch: Epoch::FIRST,
             first: None,
@@ -455,7 +473,6 @@ impl<'a> Volume<'a> {
             residual: Residual::default(),
             parts,
         };
-        let start = volume.start;
         volume.check_tracking()?;
         volume.check_marks(&start, policy)?;
         Ok(volume)
@@ -475,9 +492,14 @@ impl<'a> Volume<'a> {
         }
     }
 
-    /// What has to be read again, in whole blocks of the layer.
-    fn scan(&self) -> Result<Vec<ByteRange>, CaptureError> {
-        Ok(match self.since {
+    /// What has to be read again, in whole blocks of the layer. `now` are the totals before the scan.
+    fn scan(&self, now: &Misses, policy: &CapturePolicy) -> Result<Vec<ByteRange>, CaptureError> {
+        let missed = now.complete > self.missed_before && !policy.mutated(Mutation::TrustPasses);
+        let since = self.since.map(|since| match missed {
+            true => since.min(self.reference.epoch),
+            false => since,
+        });
+        Ok(match since {
             None if self.bytes == 0 => Vec::new(),
             None => vec![ByteRange::new(0, self.bytes)],
             Some(since) => {
@@ -537,11 +559,7 @@ impl<'a> Volume<'a> {
         }
     }
 
-    fn check_marks(
-        &self,
-        now: &crate::seam::Misses,
-        policy: &CapturePolicy,
-    ) -> Result<(), CaptureError> {
+    fn check_marks(&self, now: &Misses, policy: &CapturePolicy) -> Result<(), CaptureError> {
         if policy.mutated(Mutation::IgnoreDoubleMiss) {
             return Ok(());
         }

@@ -25,7 +25,9 @@ pub enum CaptureError {
     #[error(transparent)]
     Track(#[from] TrackError),
     /// The map does not tell the whole truth; the caller ends the generation, the next layer is a rescan.
-    #[error("the change map of {volume} may lack changes ({reason}): its generation ends and the next layer is a rescan")]
+    #[error(
+        "the change map of {volume} may lack changes ({reason}): its generation ends and the next layer is a rescan"
+    )]
     GenerationEnds {
         /// The volume.
         volume: String,
@@ -33,13 +35,17 @@ pub enum CaptureError {
         reason: GenerationEnd,
     },
     /// The generation or the size changed while the capture ran.
-    #[error("{volume} became another device or changed its size during the capture; the next attempt begins anew")]
+    #[error(
+        "{volume} became another device or changed its size during the capture; the next attempt begins anew"
+    )]
     GenerationChanged {
         /// The volume.
         volume: String,
     },
     /// A mark was missed before the generation's first cut.
-    #[error("a completion on {volume} was missed before the first cut of its generation; capture it again")]
+    #[error(
+        "a completion on {volume} was missed before the first cut of its generation; capture it again"
+    )]
     MissedBeforeFirstCut {
         /// The volume.
         volume: String,
@@ -59,7 +65,9 @@ pub enum CaptureError {
         source: SinkError,
     },
     /// No quiet instant was found and there is nothing to freeze.
-    #[error("no instant without writes in {tries} tries within {elapsed:?}, and no filesystem to freeze; try in a quieter time")]
+    #[error(
+        "no instant without writes in {tries} tries within {elapsed:?}, and no filesystem to freeze; try in a quieter time"
+    )]
     NotQuiet {
         /// Cuts tried.
         tries: u32,
@@ -67,13 +75,17 @@ pub enum CaptureError {
         elapsed: Duration,
     },
     /// A write failed and the device may still execute it.
-    #[error("a write to {volume} failed and its path has not settled, so no cut without a freeze is safe; try again when it has")]
+    #[error(
+        "a write to {volume} failed and its path has not settled, so no cut without a freeze is safe; try again when it has"
+    )]
     PathUnsettled {
         /// The volume.
         volume: String,
     },
     /// The volume is written as fast as it is copied.
-    #[error("copying does not converge: {residual} bytes are left after {passes} passes, a pause of at most {budget:?} cannot take them; wait for a quiet window or allow a longer pause")]
+    #[error(
+        "copying does not converge: {residual} bytes are left after {passes} passes, a pause of at most {budget:?} cannot take them; wait for a quiet window or allow a longer pause"
+    )]
     NotConverging {
         /// Passes made.
         passes: u32,

@@ -37,7 +37,9 @@ pub struct Thawed {
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
     /// Somebody else froze it; it is theirs to thaw.
-    #[error("{mount} is already frozen by somebody else; it was left as it is (fsfreeze --unfreeze {mount} when nobody owns that freeze)")]
+    #[error(
+        "{mount} is already frozen by somebody else; it was left as it is (fsfreeze --unfreeze {mount} when nobody owns that freeze)"
+    )]
     AlreadyFrozen {
         /// Where it is mounted.
         mount: PathBuf,
@@ -51,7 +53,9 @@ pub enum FreezeError {
         source: io::Error,
     },
     /// The kernel did not grant the freeze in time; nothing is held any more.
-    #[error("freezing {mount} took longer than the pause allows and was given up after {held:?}; try in a quieter time or allow a longer pause")]
+    #[error(
+        "freezing {mount} took longer than the pause allows and was given up after {held:?}; try in a quieter time or allow a longer pause"
+    )]
     TooSlow {
         /// Where it is mounted.
         mount: PathBuf,
@@ -59,7 +63,9 @@ pub enum FreezeError {
         held: Duration,
     },
     /// Freezing it could block the agent itself.
-    #[error("refused to freeze {mount}: {path} ({role}) lies on it, so the agent would block itself; move it to another filesystem")]
+    #[error(
+        "refused to freeze {mount}: {path} ({role}) lies on it, so the agent would block itself; move it to another filesystem"
+    )]
     Protected {
         /// Where it is mounted.
         mount: PathBuf,

@@ -201,6 +201,19 @@ impl GuardFreezer<'_> {
     }
 }
 
+impl Drop for GuardFreezer<'_> {
+    /// Lets the guard close the mount points: open ones could not be unmounted.
+    fn drop(&mut self) {
+        let line = self.guard.line();
+        let released = marker::create(self.guard.marker.as_deref(), &[])
+            .and_then(|page| send(&line.socket, &Ask::Prepare(Vec::new()).encode(), &[page.as_fd()]))
+            .and_then(|()| answer(&line.socket));
+        if let Err(error) = released {
+            tracing::warn!(%error, "the freeze guard may still hold mount points open");
+        }
+    }
+}
+
 impl VolumeFreezer for GuardFreezer<'_> {
     fn flush(&self) -> Result<(), FreezeError> {
         for superblock in &self.superblocks {

@@ -89,7 +89,11 @@ impl Mounts {
             };
             if let Some(hit) = found.get(&under.superblock) {
                 return Err(FreezeError::Protected {
-                    mount: hit.mounts.first().map(|m| m.point.clone()).unwrap_or_default(),
+                    mount: hit
+                        .mounts
+                        .first()
+                        .map(|m| m.point.clone())
+                        .unwrap_or_default(),
                     path: path.path.clone(),
                     role: path.role.clone(),
                 });
@@ -103,7 +107,10 @@ impl Mounts {
             path: self.mountinfo.clone(),
             source,
         })?;
-        Ok(text.split(|b| *b == b'\n').filter_map(parse_mount).collect())
+        Ok(text
+            .split(|b| *b == b'\n')
+            .filter_map(parse_mount)
+            .collect())
     }
 
     fn find(
@@ -156,14 +163,21 @@ impl Mounts {
             for device in entry.mounts.iter().flat_map(|m| self.devices_of(m)) {
                 if !devices.contains_key(&device) {
                     return Err(FreezeError::SpansOutside {
-                        mount: entry.mounts.first().map(|m| m.point.clone()).unwrap_or_default(),
+                        mount: entry
+                            .mounts
+                            .first()
+                            .map(|m| m.point.clone())
+                            .unwrap_or_default(),
                         device: format!("{}:{}", device.0, device.1),
                     });
                 }
                 for base in self.roots_of(device) {
                     let file = loops.iter().find(|(number, _)| *number == base);
                     if let Some(lower) = file.and_then(|(_, file)| mount_of(table, file)) {
-                        below.entry(*superblock).or_default().insert(lower.superblock);
+                        below
+                            .entry(*superblock)
+                            .or_default()
+                            .insert(lower.superblock);
                     }
                 }
             }
@@ -183,7 +197,8 @@ impl Mounts {
     }
 
     fn class(&self, device: DeviceNumber) -> PathBuf {
-        self.sys.join(format!("dev/block/{}:{}", device.0, device.1))
+        self.sys
+            .join(format!("dev/block/{}:{}", device.0, device.1))
     }
 
     /// Partitions of a device and mappings over it.
@@ -291,7 +306,11 @@ fn open(found: Found) -> Result<Superblock, FreezeError> {
         }
     }
     Err(FreezeError::Freeze {
-        mount: found.mounts.first().map(|m| m.point.clone()).unwrap_or_default(),
+        mount: found
+            .mounts
+            .first()
+            .map(|m| m.point.clone())
+            .unwrap_or_default(),
         source: last,
     })
 }
@@ -342,7 +361,13 @@ fn unescape(field: &[u8]) -> PathBuf {
     let mut rest = field;
     while let [first, tail @ ..] = rest {
         match rest {
-            [b'\\', a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', after @ ..] => {
+            [
+                b'\\',
+                a @ b'0'..=b'3',
+                b @ b'0'..=b'7',
+                c @ b'0'..=b'7',
+                after @ ..,
+            ] => {
                 bytes.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
                 rest = after;
             }

@@ -75,12 +75,12 @@ fn capture(
             });
         }
     };
-    let volumes = capture.attempt.persist(sink, |number| {
-        match parts.freezer {
+    let volumes = capture
+        .attempt
+        .persist(sink, |number| match parts.freezer {
             Some(freezer) if frozen && freezer.covers(number) => Level::Filesystem,
             _ => Level::Crash,
-        }
-    })?;
+        })?;
     let cut = GroupCut {
         method,
         volumes,
@@ -115,7 +115,10 @@ impl Capture<'_, '_> {
     /// Looks for an instant in which nothing moves. `None` when none came in time.
     fn optimistic(&mut self, sink: &mut dyn LayerSink) -> Result<Option<Window>, CaptureError> {
         let clock = self.parts.clock;
-        let limit = self.policy.optimistic_residual.min(self.policy.memory_limit);
+        let limit = self
+            .policy
+            .optimistic_residual
+            .min(self.policy.memory_limit);
         let mut backoff = self.policy.backoff_min;
         let mut began = None;
         loop {
@@ -138,9 +141,7 @@ impl Capture<'_, '_> {
             // A bump is not worth it while writes are visibly under way.
             if self.attempt.looks_quiet()? {
                 self.tries += 1;
-                let tried = self
-                    .attempt
-                    .window(&Unpaced, Duration::ZERO, &mut || ())?;
+                let tried = self.attempt.window(&Unpaced, Duration::ZERO, &mut || ())?;
                 if let Ok(window) = tried {
                     return Ok(Some(window));
                 }

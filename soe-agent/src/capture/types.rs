@@ -165,6 +165,8 @@ pub(crate) enum Mutation {
     VolumeByVolume,
     /// Failed writes are forgotten by the next layer but one.
     ForgetFailedWrites,
+    /// Passes rely on completion marks although completions were missed.
+    TrustPasses,
     /// Misses of both marks are taken for harmless.
     IgnoreDoubleMiss,
 }

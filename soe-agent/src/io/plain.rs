@@ -100,7 +100,14 @@ impl ThreadPriority {
         // SAFETY: both calls take integers only and concern the calling thread (0).
         let before = unsafe { libc::syscall(libc::SYS_ioprio_get, WHO_PROCESS, 0) };
         // SAFETY: as above.
-        unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, libc::c_int::from(ioprio)) };
+        unsafe {
+            libc::syscall(
+                libc::SYS_ioprio_set,
+                WHO_PROCESS,
+                0,
+                libc::c_int::from(ioprio),
+            )
+        };
         Self { before }
     }
 }

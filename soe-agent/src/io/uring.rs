@@ -84,8 +84,12 @@ fn set_up(volume: &VolumeFile, buffers: &Buffers, entries: u32) -> Result<IoUrin
         .collect();
     // SAFETY: the vectors describe the mapping of `buffers`, which the engine keeps for as long as
     // the ring and drops after it.
-    unsafe { ring.submitter().register_buffers(&vectors) }
-        .map_err(|e| said("registering the buffers (is the locked-memory limit too low?)", e))?;
+    unsafe { ring.submitter().register_buffers(&vectors) }.map_err(|e| {
+        said(
+            "registering the buffers (is the locked-memory limit too low?)",
+            e,
+        )
+    })?;
     Ok(ring)
 }
 
@@ -178,7 +182,11 @@ impl Session<'_> {
         }
         flight.done += result as u64;
         // The cover may end behind the file's last byte.
-        let wanted = flight.request.cover.len.min(len - flight.request.cover.offset.min(len));
+        let wanted = flight
+            .request
+            .cover
+            .len
+            .min(len - flight.request.cover.offset.min(len));
         if flight.done >= wanted {
             return Ok(Some(flight.request));
         }

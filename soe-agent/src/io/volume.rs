@@ -41,7 +41,9 @@ pub enum OpenError {
         source: io::Error,
     },
     /// The slice is not inside the file.
-    #[error("{path} has {has} bytes, fewer than the volume's end at byte {end}; it was resized or is another device")]
+    #[error(
+        "{path} has {has} bytes, fewer than the volume's end at byte {end}; it was resized or is another device"
+    )]
     TooShort {
         /// The device.
         path: PathBuf,

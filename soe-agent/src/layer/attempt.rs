@@ -308,6 +308,7 @@ impl LayerAttempt {
                 generation: cut.generation,
                 cut_epoch: cut.cut_epoch,
                 since_epoch: cut.since_epoch,
+                misses: cut.misses,
                 rescan_reason: cut.rescan_reason,
                 bytes_read: cut.bytes_read,
                 bytes_stored: stored,

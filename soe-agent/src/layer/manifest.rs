@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::error::LayerError;
 use super::hash::{Domain, Hash32};
-use crate::seam::{GenerationEnd, UnixNanos};
+use crate::seam::{GenerationEnd, Misses, UnixNanos};
 
 const MAGIC: &[u8; 8] = b"SOEMANI\0";
 const VERSION: u16 = 1;
@@ -111,6 +111,8 @@ pub struct VolumeCut {
     pub since_epoch: Epoch,
     /// Why the change map could not be used, when it could not.
     pub rescan_reason: Option<GenerationEnd>,
+    /// What was missed by the cut since tracking was attached: the next capture counts from here.
+    pub misses: Misses,
     /// Bytes read from the volume for this layer, all passes together.
     pub bytes_read: u64,
 }
@@ -224,6 +226,8 @@ pub struct VolumeLayer {
     /// The stamp from which the next layer has to select.
     #[serde(with = "epoch")]
     pub since_epoch: Epoch,
+    /// What was missed by the cut since tracking was attached: the next capture counts from here.
+    pub misses: Misses,
     /// Why the change map could not be used, when it could not.
     pub rescan_reason: Option<GenerationEnd>,
     /// Bytes read from the volume.

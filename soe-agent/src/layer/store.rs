@@ -12,6 +12,7 @@ use super::files;
 use super::fs::StoreFs;
 use super::inner::{Inner, Reservation};
 use super::manifest::{self, GroupManifest, LayerKind};
+use crate::seam::UnixNanos;
 
 /// How a store is opened.
 #[derive(Clone)]
@@ -194,6 +195,25 @@ impl LayerStore {
             })
         });
         Ok(refs.collect())
+    }
+
+    /// The newest readable layer of a volume whose cut was at or before `instant`.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`] when all are younger.
+    pub fn layer_at(
+        &self,
+        group: &str,
+        volume: &str,
+        instant: UnixNanos,
+    ) -> Result<LayerRef, LayerError> {
+        let layers = self.layers(group, volume)?;
+        let found = layers
+            .into_iter()
+            .rfind(|layer| layer.manifest.cut_at <= instant);
+        found.ok_or_else(|| LayerError::NotFound {
+            what: format!("layer of {volume} in group {group} as old as that"),
+        })
     }
 
     /// The layer with this id, or the only one whose id begins so.

@@ -61,9 +61,21 @@ fn failed(what: impl Into<String>) -> impl FnOnce(&dyn std::error::Error) -> Tra
         }
         TrackerError::Load {
             what,
-            reason: reason.replace('\n', " "),
+            reason: brief(&reason),
         }
     }
+}
+
+/// One line; of a verifier's log its end, which tells why.
+fn brief(reason: &str) -> String {
+    let line = reason.split_whitespace().collect::<Vec<_>>().join(" ");
+    let chars = line.chars().count();
+    if chars <= 700 {
+        return line;
+    }
+    let head: String = line.chars().take(100).collect();
+    let tail: String = line.chars().skip(chars - 600).collect();
+    format!("{head} ... {tail}")
 }
 
 /// Loads all programs with room for `slots` disks.

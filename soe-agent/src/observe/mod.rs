@@ -5,6 +5,7 @@
 
 pub mod bpf;
 pub mod disk;
+pub mod ring;
 pub mod syscalls;
 pub mod tracker;
 pub mod volumes;

@@ -301,6 +301,23 @@ fn device_id(disk: &Disk, sys: &Path, partition: bool) -> String {
     }
 }
 
+/// What kind of disk a kernel name stands for.
+pub fn kind(name: &str) -> &'static str {
+    match name.trim_end_matches(|c: char| c.is_ascii_digit()) {
+        "loop" => "loop",
+        "zram" => "zram",
+        "dm-" => "device-mapper",
+        "md" => "md",
+        "nbd" => "nbd",
+        "ublkb" => "ublk",
+        "ram" => "ram",
+        _ if name.starts_with("nvme") => "nvme",
+        _ if name.starts_with("sd") => "scsi",
+        _ if name.starts_with("vd") => "virtio",
+        _ => "disk",
+    }
+}
+
 /// One line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {

@@ -98,10 +98,7 @@ impl ChangeMap for SimMap {
         }
         let idle = !state.in_flight(self.disk);
         let trusting = state.faults.trust_untrue_counters;
-        let disk = state
-            .disks
-            .get_mut(self.disk)
-            .ok_or_else(|| self.gone())?;
+        let disk = state.disks.get_mut(self.disk).ok_or_else(|| self.gone())?;
         let completed = completed.wrapping_add_signed(disk.correction);
         let misses = disk.misses;
         let lost = |m: &Misses| (m.queue, m.complete, m.stash);

@@ -287,11 +287,7 @@ impl Scenario {
                 };
                 let (disk, sector) = (landing.disk, landing.sector);
                 let before = differs(&self.reference, disk, sector);
-                if let Some(place) = self
-                    .reference
-                    .get_mut(disk)
-                    .and_then(|d| d.get_mut(sector))
-                {
+                if let Some(place) = self.reference.get_mut(disk).and_then(|d| d.get_mut(sector)) {
                     *place = landing.value;
                 }
                 let after = differs(&self.reference, disk, sector);

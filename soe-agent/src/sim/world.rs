@@ -69,6 +69,8 @@ struct Write {
     writer: Option<usize>,
     raw: bool,
     fails: bool,
+    /// Turns it lets pass: its program was preempted, or its device is slow.
+    stalled: u32,
     /// Grace periods begun while one of its programs was running.
     graced: bool,
 }
@@ -239,7 +241,11 @@ impl State {
             self.frozen = false;
             self.thaw_at_ns = None;
         }
-        let turn = if self.busy { self.load.calm } else { self.load.burst };
+        let turn = if self.busy {
+            self.load.calm
+        } else {
+            self.load.burst
+        };
         if self.rng.random_bool(turn) {
             self.busy = !self.busy;
         }
@@ -282,7 +288,11 @@ impl State {
         let sectors = self.disks.get(disk).map_or(0, |d| d.sectors.len());
         // Half of the writes meet in few blocks, so that marks overwrite each other.
         let hot = (2 * BLOCK_SECTORS).min(sectors);
-        let near = if self.rng.random_bool(0.5) { hot } else { sectors };
+        let near = if self.rng.random_bool(0.5) {
+            hot
+        } else {
+            sectors
+        };
         let start = self.rng.random_range(0..near);
         let len = self.rng.random_range(1..=6).min(sectors - start);
         self.submit(disk, start, len, Some(writer), raw);
@@ -318,6 +328,7 @@ impl State {
             writer,
             raw,
             fails: fail > 0.0 && self.rng.random_bool(fail),
+            stalled: 0,
             graced: false,
         };
         self.writes.push(write);
@@ -328,7 +339,14 @@ impl State {
         else {
             return;
         };
-        self.advance_write(&mut write);
+        if write.stalled > 0 {
+            write.stalled -= 1;
+        } else {
+            self.advance_write(&mut write);
+            if self.rng.random_bool(0.04) {
+                write.stalled = self.rng.random_range(3..60);
+            }
+        }
         if write.stage != Stage::Told {
             self.writes.push(write);
         } else if let Some(idle) = write.writer.and_then(|writer| self.idle.get_mut(writer)) {
@@ -500,9 +518,8 @@ impl State {
 
     /// Runs until no write that a freeze waits for is on its way.
     pub(super) fn drain_filesystems(&mut self) {
-        let waits = |disks: &[Disk], w: &Write| {
-            !w.raw && disks.get(w.disk).is_some_and(|disk| disk.has_fs)
-        };
+        let waits =
+            |disks: &[Disk], w: &Write| !w.raw && disks.get(w.disk).is_some_and(|disk| disk.has_fs);
         let held = std::mem::replace(&mut self.held, false);
         while self.writes.iter().any(|w| waits(&self.disks, w)) {
             self.step();

@@ -130,7 +130,12 @@ fn content(mounts: &[PathBuf], boot: &str) -> Vec<u8> {
         }
     };
     put(0, MAGIC);
-    put(8, boot.as_bytes().get(..boot.len().min(36)).unwrap_or_default());
+    put(
+        8,
+        boot.as_bytes()
+            .get(..boot.len().min(36))
+            .unwrap_or_default(),
+    );
     put(44, &(mounts.len() as u32).to_le_bytes());
     for (index, mount) in mounts.iter().enumerate().take(MAX_SUPERBLOCKS) {
         let path = mount.as_os_str().as_bytes();
@@ -218,7 +223,11 @@ mod tests {
     fn the_page_names_what_was_left_frozen_in_this_boot_only() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run/marker");
-        let mounts = [PathBuf::from("/a"), PathBuf::from("/b c"), PathBuf::from("/d")];
+        let mounts = [
+            PathBuf::from("/a"),
+            PathBuf::from("/b c"),
+            PathBuf::from("/d"),
+        ];
         let file = create(Some(&path), &mounts).unwrap();
         let marker = Marker::map(&file).unwrap();
         marker.set(0, Mark::Asked);
@@ -235,6 +244,10 @@ mod tests {
 
     #[test]
     fn no_marker_means_nothing_to_thaw() {
-        assert!(thaw_left_frozen(Path::new("/nonexistent/marker")).unwrap().is_empty());
+        assert!(
+            thaw_left_frozen(Path::new("/nonexistent/marker"))
+                .unwrap()
+                .is_empty()
+        );
     }
 }

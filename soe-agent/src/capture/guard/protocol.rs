@@ -35,7 +35,11 @@ pub(crate) enum Answer {
     /// Everything is frozen; how long that took.
     Frozen { took: Duration },
     /// Superblock `index` could not be frozen; nothing is held any more.
-    Refused { index: u8, errno: i32, held: Duration },
+    Refused {
+        index: u8,
+        errno: i32,
+        held: Duration,
+    },
     /// Thawed: for how long writers were held, and whether everything was frozen until asked.
     Thawed { pause: Duration, intact: bool },
 }
@@ -139,7 +143,8 @@ pub(crate) fn send(to: impl AsFd, packet: &[u8], with: &[BorrowedFd<'_>]) -> io:
 /// Receives a packet and the descriptors that came with it; an empty packet is the end.
 pub(crate) fn receive(from: impl AsFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut packet = [0; PACKET];
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SUPERBLOCKS + 1))];
+    let mut space =
+        vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SUPERBLOCKS + 1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
         match recvmsg(

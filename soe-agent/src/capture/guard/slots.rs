@@ -147,7 +147,10 @@ fn work(shared: &Shared, index: usize, marker: &Marker, settled: &OwnedFd) {
     loop {
         let mut inner = shared.inner();
         while inner.state.settled() && !inner.ends {
-            inner = shared.told.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            inner = shared
+                .told
+                .wait(inner)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         let state = inner.state;
         drop(inner);

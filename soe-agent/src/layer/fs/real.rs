@@ -12,6 +12,9 @@ use rustix::io::Errno;
 use super::{AppendFile, DirEntry, ReadFile, StoreFs, StoreLock};
 
 const LOCK_NAME: &str = "lock";
+/// Bytes written before they are brought to disk: more dirty pages would make the sync at the commit
+/// long and take the page cache from the applications.
+const DIRTY_BYTES: u64 = 64 << 20;
 
 /// A store in a folder. Everything is opened relative to a descriptor, so that a folder renamed or
 /// mounted over meanwhile does not split the store in two.
@@ -41,11 +44,12 @@ impl DirFs {
             .mode(0o700)
             .create(path)?;
         // The new names must be as durable as what will be stored below them.
-        for parent in path
-            .ancestors()
-            .skip(1)
-            .filter(|parent| !parent.as_os_str().is_empty())
-        {
+        for parent in path.ancestors().skip(1) {
+            let parent = if parent.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                parent
+            };
             let synced = File::open(parent).and_then(|dir| dir.sync_all());
             if synced.is_err() {
                 break; // A folder above that we may not open existed before.
@@ -66,17 +70,30 @@ impl DirFs {
     }
 }
 
-struct RealFile(File);
+struct RealAppend {
+    file: File,
+    dirty: u64,
+}
 
-impl AppendFile for RealFile {
+impl AppendFile for RealAppend {
     fn append(&mut self, data: &[u8]) -> io::Result<()> {
-        self.0.write_all(data)
+        self.file.write_all(data)?;
+        self.dirty += data.len() as u64;
+        if self.dirty >= DIRTY_BYTES {
+            self.file.sync_data()?;
+            // Layers are seldom read; a refusal of this advice harms nothing.
+            let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed);
+            self.dirty = 0;
+        }
+        Ok(())
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.0.sync_all()
+        self.file.sync_all()
     }
 }
+
+struct RealFile(File);
 
 impl ReadFile for RealFile {
     fn len(&self) -> io::Result<u64> {
@@ -103,7 +120,10 @@ impl StoreFs for DirFs {
     fn create(&self, path: &str) -> io::Result<Box<dyn AppendFile>> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
         let fd = self.openat(path, flags, Mode::RUSR | Mode::WUSR)?;
-        Ok(Box::new(RealFile(File::from(fd))))
+        Ok(Box::new(RealAppend {
+            file: File::from(fd),
+            dirty: 0,
+        }))
     }
 
     fn open(&self, path: &str) -> io::Result<Box<dyn ReadFile>> {

@@ -332,3 +332,60 @@ fn collect_leaves(value: &serde_json::Value, at: String, out: &mut Vec<String>) 
         _ => out.push(at),
     }
 }
+
+#[test]
+fn a_layer_in_the_place_of_the_parent_is_noticed() {
+    use crate::layer::fs::StoreFs;
+    let fs = SimFs::new(5);
+    let mut volumes = Volumes::new(&[14 * BLOCK]);
+    volumes.write(0, 3, 7);
+    volumes
+        .capture(&open(&fs, 1).unwrap(), LayerKind::Baseline)
+        .unwrap();
+    // Two histories of the same store from here on, each of them right in itself.
+    let other = fs.fork(1);
+    let mut other_volumes = volumes.clone();
+    other_volumes.write(0, 4, 99);
+    let stray = other_volumes
+        .capture(&open(&other, 3).unwrap(), LayerKind::Differential)
+        .unwrap();
+    let store = open(&fs, 2).unwrap();
+    for content in [11, 13] {
+        volumes.write(0, 5, content);
+        volumes.capture(&store, LayerKind::Differential).unwrap();
+    }
+    drop(store);
+    assert!(
+        open(&fs, 4)
+            .unwrap()
+            .verify(GROUP, None)
+            .unwrap()
+            .is_clean()
+    );
+    // The second layer of the other history takes the place of ours.
+    for (path, bytes) in other.contents() {
+        let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
+        if folder.ends_with(&stray.attempt.to_string()) {
+            let _ = fs.create_dir(folder);
+            fs.create(&path).unwrap();
+        }
+        fs.tamper(&path, |old| *old = bytes);
+    }
+    let store = open(&fs, 4).unwrap();
+    assert_eq!(read(&store, 0, 2).unwrap(), other_volumes.images[0]);
+    let error = read(&store, 0, 3).unwrap_err();
+    assert!(
+        matches!(error, LayerError::BrokenChain { sequence: 3, .. }),
+        "{error}"
+    );
+    let report = store.verify(GROUP, None).unwrap();
+    assert!(
+        report
+            .damages
+            .iter()
+            .any(|damage| damage.sequence == Some(3)),
+        "{report:?}"
+    );
+    let error = volumes.capture(&store, LayerKind::Rescan).unwrap_err();
+    assert_eq!(error.class(), ErrorClass::Integrity, "{error}");
+}

@@ -11,3 +11,5 @@ mod faults;
 mod damage;
 
 mod rules;
+
+mod manual;

@@ -50,6 +50,18 @@ fn the_manifest_says_what_the_capture_said() {
     assert_eq!((base.data_blocks, base.hole_blocks), (12, 8));
     assert_eq!(store.layers(GROUP, "/dev/disk0").unwrap().len(), 2);
     assert_eq!(store.find(layer.id.as_str()).unwrap().layer().id, layer.id);
+    let cut_at = manifest.cut_at;
+    let at = |instant| {
+        store
+            .layer_at(GROUP, "/dev/disk0", instant)
+            .map(|found| found.manifest.sequence)
+    };
+    assert_eq!(
+        at(cut_at).unwrap(),
+        2,
+        "both were cut then; the newer one counts"
+    );
+    assert_eq!(at(cut_at - 1).unwrap_err().class(), ErrorClass::Usage);
     assert_eq!(store.find("").unwrap_err().class(), ErrorClass::Usage);
     assert_eq!(store.groups(), [GROUP]);
 }
@@ -432,4 +444,13 @@ fn reading_alone_changes_nothing_in_a_folder() {
     assert!(store.verify(GROUP, None).unwrap().is_clean());
     assert_eq!(read(&store, 0, 1).unwrap(), volumes.images[0]);
     assert_eq!(list(), before);
+}
+
+#[test]
+fn attempts_may_move_between_threads_and_images_be_shared() {
+    fn moves<T: Send>() {}
+    fn shared<T: Send + Sync>() {}
+    moves::<LayerAttempt>();
+    shared::<Image>();
+    shared::<LayerStore>();
 }

@@ -162,6 +162,7 @@ pub(crate) fn cut(volumes: usize) -> CutRecord {
                 generation: Uuid::from_u128(9),
                 cut_epoch: Epoch(7),
                 since_epoch: Epoch(6),
+                misses: crate::seam::Misses::default(),
                 rescan_reason: None,
                 bytes_read: position as u64 * 1000,
             })
