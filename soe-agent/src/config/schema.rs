@@ -180,12 +180,12 @@ impl Default for History {
     }
 }
 
-/// How blocks are compressed: `none` or `zstd:LEVEL`.
+/// How blocks are compressed: `none` or `zstd:1`, the one level the layer format knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
     /// Not at all.
     None,
-    /// zstd at a level of 1 to 19.
+    /// zstd at this level.
     Zstd(i32),
 }
 
@@ -204,12 +204,12 @@ impl<'de> Deserialize<'de> for Compression {
         let level = text
             .strip_prefix("zstd:")
             .and_then(|l| l.parse().ok())
-            .filter(|l| (1..=19).contains(l));
+            .filter(|l| *l == 1);
         match (text.as_str(), level) {
             ("none", _) => Ok(Self::None),
             (_, Some(level)) => Ok(Self::Zstd(level)),
             _ => Err(de::Error::custom(format!(
-                "{text:?} is not none or zstd:1 to zstd:19"
+                "{text:?} is not none or zstd:1"
             ))),
         }
     }
@@ -232,7 +232,7 @@ pub struct Store {
     pub url: Option<Reserved>,
     /// Not in this version.
     pub key_file: Option<Reserved>,
-    /// `none`, or `zstd:1` to `zstd:19`.
+    /// `none` or `zstd:1`.
     pub compression: Compression,
     /// How much a capture leaves free on the store's filesystem; 16 MiB to 1 PiB.
     #[serde(
