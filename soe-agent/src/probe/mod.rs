@@ -1,1 +1,3 @@
 //! What this kernel and host can do.
+
+pub mod btf;

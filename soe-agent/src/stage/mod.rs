@@ -1,1 +1,5 @@
 //! Pre-staging: scoring, admission, copying, coherent reads.
+
+pub mod area;
+
+pub mod score;

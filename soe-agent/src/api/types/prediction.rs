@@ -1,0 +1,118 @@
+//! Forecasts, the models behind them, and the decisions taken from them.
+
+use serde::{Deserialize, Serialize};
+
+use super::rfc3339;
+use crate::seam::UnixNanos;
+
+/// A span of time, `start` included, `end` not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimeWindow {
+    /// First instant.
+    #[serde(with = "rfc3339")]
+    pub start: UnixNanos,
+    /// The first instant after it.
+    #[serde(with = "rfc3339")]
+    pub end: UnixNanos,
+}
+
+/// What is predicted of a volume. Everything is `None` until the first forecast.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Prediction {
+    /// Bytes read and written per second in the last complete window.
+    pub load_now: Option<f64>,
+    /// When the next burst is expected; `None` when none is within the horizon.
+    #[serde(with = "rfc3339::option")]
+    pub next_burst_at: Option<UnixNanos>,
+    /// Probability of a burst within the horizon, 0 to 1.
+    pub burst_probability: Option<f64>,
+    /// The quietest window within the horizon.
+    pub next_low_window: Option<TimeWindow>,
+    /// The member that serves this volume.
+    pub model: Option<String>,
+    /// Why that member was chosen.
+    pub model_reason: Option<String>,
+}
+
+/// What the planner decided.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decision {
+    /// When.
+    #[serde(with = "rfc3339")]
+    pub at: UnixNanos,
+    /// `capture`, `stage` or `wait`.
+    pub action: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// Quantiles of the mean of bytes read and written per second over one bin.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ForecastPoint {
+    /// The bin's first instant.
+    #[serde(with = "rfc3339")]
+    pub start: UnixNanos,
+    /// 10 % quantile.
+    pub q10: f64,
+    /// Median.
+    pub q50: f64,
+    /// 80 % quantile.
+    pub q80: f64,
+    /// 90 % quantile.
+    pub q90: f64,
+    /// 95 % quantile.
+    pub q95: f64,
+    /// 99 % quantile.
+    pub q99: f64,
+}
+
+/// A forecast of one volume.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ForecastReport {
+    /// The volume.
+    pub volume: String,
+    /// The end of the last bin known when it was made.
+    #[serde(with = "rfc3339")]
+    pub issued_at: UnixNanos,
+    /// Length of a bin, seconds.
+    pub bin_s: u64,
+    /// The summary that status shows too.
+    pub predicted: Prediction,
+    /// One point a bin, ascending.
+    pub points: Vec<ForecastPoint>,
+}
+
+/// How well one member did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemberScore {
+    /// The member.
+    pub member: String,
+    /// Weighted quantile loss over the matured forecasts; smaller is better.
+    pub quantile_loss: Option<f64>,
+    /// Forecasts that have matured.
+    pub matured: u64,
+}
+
+/// The model of a volume, or the one all volumes share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelReport {
+    /// The volume; `None` for the shared model.
+    pub volume: Option<String>,
+    /// The member that serves.
+    pub serving: String,
+    /// Why.
+    pub reason: String,
+    /// Every member's score.
+    pub members: Vec<MemberScore>,
+    /// When the network was last trained.
+    #[serde(with = "rfc3339::option")]
+    pub trained_at: Option<UnixNanos>,
+    /// The history it was trained on.
+    pub trained_on: Option<TimeWindow>,
+    /// Samples it was trained on.
+    pub training_samples: u64,
+    /// The seed of that training.
+    pub seed: Option<u64>,
+    /// Weights of the network.
+    pub parameters: Option<u64>,
+}

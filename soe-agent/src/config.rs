@@ -1,1 +1,0 @@
-//! Configuration: TOML, every key with a default and a documented range.

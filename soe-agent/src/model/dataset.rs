@@ -1,0 +1,228 @@
+//! Training samples from the histories of all volumes, split by time.
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+
+use super::baselines::{self, Member, pinball};
+use super::features::{INPUTS, Normal, features};
+use super::series::{Series, from_log_load};
+use super::weights::{OUTPUTS, Predictor};
+use super::{QUANTILES, QuantileRow, SHORT_HORIZON, TimeScale, VolumeName};
+use crate::seam::UnixNanos;
+
+/// The share of the time range, at its end, that is never trained on.
+const VALIDATION_SHARE: f64 = 0.2;
+
+/// The histories a training may use.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    /// The scale of all series.
+    pub scale: TimeScale,
+    /// The series, by volume.
+    pub series: Vec<(VolumeName, Series)>,
+}
+
+/// Where a sample comes from: the series, and how many of its bins were known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Position in [`Dataset::series`].
+    pub series: usize,
+    /// Bins known.
+    pub bins: usize,
+}
+
+/// Inputs and targets of samples, row by row.
+#[derive(Clone, Debug, Default)]
+pub struct Samples {
+    /// [`INPUTS`] values per sample.
+    pub inputs: Vec<f32>,
+    /// [`SHORT_HORIZON`] normalised log loads per sample.
+    pub targets: Vec<f32>,
+    /// 1 where the target was measured, 0 where the bin is missing.
+    pub mask: Vec<f32>,
+}
+
+impl Samples {
+    /// Number of samples.
+    pub fn len(&self) -> usize {
+        self.inputs.len() / INPUTS
+    }
+
+    /// Whether there is no sample.
+    pub fn is_empty(&self) -> bool {
+        self.inputs.is_empty()
+    }
+
+    fn push(&mut self, series: &Series, bins: usize) {
+        let (x, normal) = features(series.until(bins));
+        self.inputs.extend_from_slice(&x);
+        for row in &series.known().rows[bins..bins + SHORT_HORIZON] {
+            self.targets.push(normal.apply(row.log));
+            self.mask.push(f32::from(u8::from(row.known)));
+        }
+    }
+}
+
+impl Dataset {
+    /// When the first and the last bin of all series start and end; `None` without bins.
+    pub fn range(&self) -> Option<(UnixNanos, UnixNanos)> {
+        let filled = || self.series.iter().filter(|(_, s)| !s.is_empty());
+        let from = filled().map(|(_, s)| s.known().first).min()?;
+        let to = filled().map(|(_, s)| s.known().next_index()).max()?;
+        Some((self.scale.start_of(from), self.scale.start_of(to)))
+    }
+
+    /// The moment from which on nothing is trained on.
+    pub fn split(&self) -> Option<UnixNanos> {
+        let (from, to) = self.range()?;
+        let held = ((to - from) as f64 * VALIDATION_SHARE) as i64;
+        Some(to - held)
+    }
+
+    /// At most `max` origins whose targets lie wholly before `split`, drawn by `seed`.
+    pub fn training_origins(&self, split: UnixNanos, max: usize, seed: u64) -> Vec<Origin> {
+        let mut origins = self.origins(|first_target, end| {
+            let _ = first_target;
+            end <= self.scale.index_of(split)
+        });
+        let mut rng = StdRng::seed_from_u64(seed);
+        origins.shuffle(&mut rng);
+        origins.truncate(max);
+        origins
+    }
+
+    /// At most `max` origins whose targets lie wholly after `split`, evenly spaced.
+    pub fn validation_origins(&self, split: UnixNanos, max: usize) -> Vec<Origin> {
+        let origins = self.origins(|first_target, _| first_target >= self.scale.index_of(split));
+        let stride = origins.len().div_ceil(max.max(1)).max(1);
+        origins.into_iter().step_by(stride).collect()
+    }
+
+    /// The inputs and targets of `origins`.
+    pub fn samples(&self, origins: &[Origin]) -> Samples {
+        let mut samples = Samples::default();
+        samples.inputs.reserve(origins.len() * INPUTS);
+        for origin in origins {
+            samples.push(&self.series[origin.series].1, origin.bins);
+        }
+        samples
+    }
+
+    /// How `network` does on `origins`: the geometric mean over volumes of its pinball loss
+    /// relative to that of the exponentially weighted mean. `None` if nothing can be compared.
+    pub fn score(&self, network: &dyn Predictor, origins: &[Origin]) -> Option<f64> {
+        let mut sums = vec![(0.0, 0.0); self.series.len()];
+        for origin in origins {
+            let series = &self.series[origin.series].1;
+            let known = series.until(origin.bins);
+            let (x, normal) = features(known);
+            let (Some(simple), Some(rows)) = (
+                baselines::forecast(Member::Ewma, known, SHORT_HORIZON),
+                network_rows(network, &x, normal),
+            ) else {
+                continue;
+            };
+            let actual = &series.known().rows[origin.bins..origin.bins + SHORT_HORIZON];
+            let sum = &mut sums[origin.series];
+            for ((row, mine), theirs) in actual.iter().zip(&rows).zip(&simple) {
+                if row.known {
+                    sum.0 += pinball(mine, row.load);
+                    sum.1 += pinball(theirs, row.load);
+                }
+            }
+        }
+        let ratios: Vec<f64> = sums
+            .into_iter()
+            .filter(|(mine, theirs)| *mine > 0.0 && *theirs > 0.0)
+            .map(|(mine, theirs)| (mine / theirs).ln())
+            .collect();
+        (!ratios.is_empty()).then(|| (ratios.iter().sum::<f64>() / ratios.len() as f64).exp())
+    }
+
+    fn origins(&self, take: impl Fn(i64, i64) -> bool) -> Vec<Origin> {
+        let mut origins = Vec::new();
+        for (index, (_, series)) in self.series.iter().enumerate() {
+            let known = series.known();
+            let last = known.rows.len().saturating_sub(SHORT_HORIZON);
+            for bins in self.scale.season_bins()..=last {
+                let start = known.first + bins as i64;
+                if take(start, start + SHORT_HORIZON as i64) && known.rows[bins - 1].known {
+                    origins.push(Origin {
+                        series: index,
+                        bins,
+                    });
+                }
+            }
+        }
+        origins
+    }
+}
+
+/// The network's forecast in bytes per second, quantiles ascending; `None` if it is not finite.
+pub(super) fn network_rows(
+    network: &dyn Predictor,
+    inputs: &[f32],
+    normal: Normal,
+) -> Option<Vec<QuantileRow>> {
+    let z = network.predict(inputs);
+    if z.len() != OUTPUTS || z.iter().any(|v| !v.is_finite()) {
+        return None;
+    }
+    let rows = z
+        .chunks_exact(QUANTILES.len())
+        .map(|chunk| {
+            let mut row: QuantileRow =
+                std::array::from_fn(|q| from_log_load(normal.invert(chunk[q])));
+            row.sort_unstable_by(f32::total_cmp);
+            row
+        })
+        .collect();
+    Some(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::burst::BurstRule;
+    use crate::model::series::LoadBin;
+    use std::time::Duration;
+
+    fn dataset(bins: i64) -> Dataset {
+        let scale = TimeScale::new(Duration::from_secs(1), 24).unwrap();
+        let mut series = Series::new(scale, BurstRule::default(), 20);
+        for i in 0..bins {
+            let load = LoadBin {
+                read_bytes: (i % 24) as f64 * 1e5,
+                ..LoadBin::default()
+            };
+            series.push(i * 1_000_000_000, Some(load)).unwrap();
+        }
+        Dataset {
+            scale,
+            series: vec![("v".into(), series)],
+        }
+    }
+
+    #[test]
+    fn training_and_validation_do_not_touch() {
+        let data = dataset(300);
+        let split = data.split().unwrap();
+        let cut = usize::try_from(data.scale.index_of(split)).unwrap();
+        let training = data.training_origins(split, 1000, 1);
+        let validation = data.validation_origins(split, 1000);
+        assert!(training.iter().all(|o| o.bins + SHORT_HORIZON <= cut));
+        assert!(validation.iter().all(|o| o.bins >= cut));
+        assert!(!training.is_empty() && !validation.is_empty());
+        assert_eq!(training, data.training_origins(split, 1000, 1));
+        assert_ne!(training, data.training_origins(split, 1000, 2));
+    }
+
+    #[test]
+    fn short_series_give_no_samples() {
+        let data = dataset(20);
+        let split = data.split().unwrap();
+        assert!(data.training_origins(split, 10, 1).is_empty());
+        assert!(data.samples(&[]).is_empty());
+    }
+}

@@ -1,0 +1,373 @@
+//! The forecaster that serves: all members side by side, per volume the one its gate chose.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+use super::baselines::{self, Member, pinball};
+use super::burst::BurstRule;
+use super::dataset::{Dataset, network_rows};
+use super::features::features;
+use super::gate::{Gate, GateRules};
+use super::onset::OnsetMixture;
+use super::series::{Known, LoadBin, Series, SeriesError, TimeScale};
+use super::weights::{ModelError, Predictor, Trained, TrainedInfo, predictor};
+use super::{
+    Forecaster, Promotion, QuantileForecast, QuantileRow, SHORT_HORIZON, Serving, VolumeName,
+};
+use crate::seam::UnixNanos;
+
+/// Settings of a [`Mixture`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MixtureConfig {
+    /// Bin and season.
+    pub scale: TimeScale,
+    /// What a burst is.
+    pub burst: BurstRule,
+    /// How members are chosen.
+    pub gate: GateRules,
+    /// Seasons of history kept in memory per volume (about 28 bytes a bin); at least eight.
+    pub keep_seasons: usize,
+}
+
+impl MixtureConfig {
+    /// The defaults for a time scale.
+    pub fn new(scale: TimeScale) -> Self {
+        Self {
+            scale,
+            burst: BurstRule::default(),
+            gate: GateRules::default(),
+            keep_seasons: 15,
+        }
+    }
+}
+
+/// Samples of the back-test by which a network is promoted.
+const BACKTEST_SAMPLES: usize = 2_000;
+/// A new network replaces a serving one if its loss is at most this share of the old one's.
+const PROMOTION_RATIO: f64 = 0.995;
+
+const MEMBERS: usize = Member::ALL.len();
+type MemberRows = [Option<Vec<QuantileRow>>; MEMBERS];
+
+struct Pending {
+    origin: i64,
+    rows: MemberRows,
+}
+
+struct Volume {
+    series: Series,
+    gate: Gate,
+    onset: OnsetMixture,
+    pending: VecDeque<Pending>,
+}
+
+/// All members, all volumes.
+pub struct Mixture {
+    config: MixtureConfig,
+    volumes: BTreeMap<VolumeName, Volume>,
+    network: Option<(TrainedInfo, Box<dyn Predictor>)>,
+}
+
+impl Mixture {
+    /// A mixture without volumes and without a network.
+    pub fn new(config: MixtureConfig) -> Self {
+        Self {
+            config,
+            volumes: BTreeMap::new(),
+            network: None,
+        }
+    }
+
+    /// How the serving network came about; `None` without one.
+    pub fn network(&self) -> Option<&TrainedInfo> {
+        self.network.as_ref().map(|(info, _)| info)
+    }
+
+    /// Puts a network in service without a back-test: at start, with the network that served
+    /// before. The gates still decide per volume.
+    ///
+    /// # Errors
+    /// [`ModelError`] if the network does not fit this build.
+    pub fn restore(&mut self, trained: &Trained) -> Result<(), ModelError> {
+        self.network = Some((trained.info.clone(), predictor(trained)?));
+        for volume in self.volumes.values_mut() {
+            volume.gate.network_changed();
+        }
+        Ok(())
+    }
+}
+
+impl Volume {
+    fn new(config: &MixtureConfig) -> Self {
+        Self {
+            series: Series::new(config.scale, config.burst, config.keep_seasons),
+            gate: Gate::new(config.scale, config.gate),
+            onset: OnsetMixture::default(),
+            pending: VecDeque::new(),
+        }
+    }
+
+    /// Scores the forecasts for the bin that was just taken.
+    fn mature(&mut self) {
+        let known = self.series.known();
+        let next = known.next_index();
+        self.pending.retain(|p| p.origin < next);
+        let Some(row) = known.back(1).filter(|r| r.known) else {
+            return;
+        };
+        let mut sums = [(0.0, 0usize); MEMBERS];
+        let mut origins = 0;
+        for pending in &self.pending {
+            let lead = usize::try_from(next - 1 - pending.origin).unwrap_or(usize::MAX);
+            if lead >= SHORT_HORIZON {
+                continue;
+            }
+            origins += 1;
+            for (sum, rows) in sums.iter_mut().zip(&pending.rows) {
+                if let Some(forecast) = rows.as_ref().and_then(|r| r.get(lead)) {
+                    sum.0 += pinball(forecast, row.load);
+                    sum.1 += 1;
+                }
+            }
+        }
+        if origins > 0 {
+            // A member that lacks a forecast for some origins is not comparable on this bin.
+            self.gate
+                .mature(sums.map(|(sum, n)| (n == origins).then(|| sum / n as f64)));
+        }
+        while self
+            .pending
+            .front()
+            .is_some_and(|p| p.origin + SHORT_HORIZON as i64 <= next)
+        {
+            self.pending.pop_front();
+        }
+    }
+
+    fn forecast(
+        &mut self,
+        horizon: usize,
+        network: Option<&dyn Predictor>,
+    ) -> Option<QuantileForecast> {
+        let known = self.series.known();
+        let mut members: MemberRows = Default::default();
+        for member in Member::SIMPLE {
+            members[member.index()] = baselines::forecast(member, known, SHORT_HORIZON);
+        }
+        if let Some(network) = network
+            && known.seasons() >= 1.0
+        {
+            let (inputs, normal) = features(known);
+            members[Member::Network.index()] = network_rows(network, &inputs, normal);
+        }
+        let has_network = members[Member::Network.index()].is_some();
+        let member = self.gate.choose(known.seasons(), has_network);
+        let mut rows = members[member.index()]
+            .clone()
+            .or_else(|| members[Member::Ewma.index()].clone())?;
+        rows.truncate(horizon);
+        if horizon > SHORT_HORIZON {
+            let tail = baselines::forecast(self.tail(known), known, horizon)?;
+            rows.extend_from_slice(&tail[SHORT_HORIZON..]);
+        }
+        let onset = self.onset.predict(known, horizon);
+        let forecast = QuantileForecast {
+            issued_at: known.issued_at(),
+            bin: known.scale.bin(),
+            rows,
+            onset,
+            burst_threshold: f64::from(known.back(1).map_or(f32::INFINITY, |r| r.threshold)),
+            member,
+        };
+        let origin = known.next_index();
+        if self.pending.back().is_none_or(|p| p.origin < origin) {
+            self.pending.push_back(Pending {
+                origin,
+                rows: members,
+            });
+        }
+        Some(forecast)
+    }
+
+    /// Who forecasts the bins that no member is scored on: the climatology once it has more than a
+    /// season to stand on and has not done worse than the plain quantiles.
+    fn tail(&self, known: Known<'_>) -> Member {
+        let trailing_won = self.gate.better(Member::Trailing, Member::Seasonal);
+        if known.seasons() >= 2.0 && !trailing_won {
+            Member::Seasonal
+        } else {
+            Member::Trailing
+        }
+    }
+}
+
+impl Forecaster for Mixture {
+    fn observe(
+        &mut self,
+        volume: &VolumeName,
+        start: UnixNanos,
+        load: Option<LoadBin>,
+    ) -> Result<(), SeriesError> {
+        let config = self.config;
+        let volume = self
+            .volumes
+            .entry(volume.clone())
+            .or_insert_with(|| Volume::new(&config));
+        volume.series.push(start, load)?;
+        volume.mature();
+        Ok(())
+    }
+
+    fn forecast(&mut self, volume: &VolumeName, horizon: usize) -> Option<QuantileForecast> {
+        let network = self.network.as_ref().map(|(_, n)| n.as_ref());
+        self.volumes.get_mut(volume)?.forecast(horizon, network)
+    }
+
+    fn serving(&self, volume: &VolumeName) -> Option<Serving> {
+        let volume = self.volumes.get(volume)?;
+        let losses = volume.gate.losses();
+        Some(Serving {
+            member: volume.gate.serving(),
+            why: volume.gate.why().to_owned(),
+            losses: Member::ALL.map(|m| (m, losses[m.index()])).to_vec(),
+            bins: volume.series.len(),
+        })
+    }
+
+    fn dataset(&self) -> Dataset {
+        Dataset {
+            scale: self.config.scale,
+            series: self
+                .volumes
+                .iter()
+                .map(|(name, v)| (name.clone(), v.series.clone()))
+                .collect(),
+        }
+    }
+
+    fn install(&mut self, trained: &Trained) -> Result<Promotion, ModelError> {
+        let offered = predictor(trained)?;
+        let data = self.dataset();
+        let origins = data.validation_origins(trained.info.trained_until, BACKTEST_SAMPLES);
+        let Some(new) = data.score(offered.as_ref(), &origins) else {
+            return Ok(Promotion::Rejected {
+                reason: "too little history after its training to back-test it".to_owned(),
+            });
+        };
+        let old = self
+            .network
+            .as_ref()
+            .and_then(|(_, n)| data.score(n.as_ref(), &origins));
+        let (bar, against) = match old {
+            Some(old) => (
+                old * PROMOTION_RATIO,
+                format!("the serving network's {old:.3}"),
+            ),
+            None => (1.0, "the bar of 1".to_owned()),
+        };
+        let reason = format!("loss {new:.3} of the weighted mean's against {against}");
+        if new > bar {
+            return Ok(Promotion::Rejected { reason });
+        }
+        self.network = Some((trained.info.clone(), offered));
+        for volume in self.volumes.values_mut() {
+            volume.gate.network_changed();
+        }
+        Ok(Promotion::Promoted { reason })
+    }
+
+    fn forget(&mut self, volume: &VolumeName) {
+        self.volumes.remove(volume);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    fn mixture() -> Mixture {
+        Mixture::new(MixtureConfig::new(
+            TimeScale::new(Duration::from_secs(1), 24).unwrap(),
+        ))
+    }
+
+    fn bin(bytes: f64) -> LoadBin {
+        LoadBin {
+            read_bytes: bytes,
+            ..LoadBin::default()
+        }
+    }
+
+    #[test]
+    fn a_volume_never_seen_has_no_forecast() {
+        assert!(mixture().forecast(&"v".into(), 12).is_none());
+    }
+
+    #[test]
+    fn asking_twice_changes_nothing() {
+        let mut m = mixture();
+        let v: VolumeName = "v".into();
+        for i in 0..100 {
+            m.observe(&v, i * 1_000_000_000, Some(bin(f64::from(i as i32 % 7))))
+                .unwrap();
+            let a = m.forecast(&v, 30);
+            assert_eq!(a, m.forecast(&v, 30));
+        }
+        assert!(m.volumes[&v].pending.len() <= SHORT_HORIZON);
+    }
+
+    #[test]
+    fn a_clock_pattern_brings_the_seasonal_member_into_service() {
+        let mut m = mixture();
+        let v: VolumeName = "v".into();
+        for i in 0..24 * 12 {
+            let noise = ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f64 / 1e5;
+            let load = if (8..12).contains(&(i % 24)) {
+                9e6
+            } else {
+                1e5
+            };
+            m.observe(&v, i * 1_000_000_000, Some(bin(load + noise * 1e3)))
+                .unwrap();
+            m.forecast(&v, 12);
+        }
+        let serving = m.serving(&v).unwrap();
+        assert_eq!(serving.member, Member::Seasonal, "{serving:?}");
+        assert!(serving.why.contains("against"), "{}", serving.why);
+    }
+
+    proptest! {
+        #[test]
+        fn any_history_gives_sound_forecasts(
+            pushes in proptest::collection::vec((0i64..4, proptest::option::weighted(0.9, prop_oneof![
+                Just(f64::NAN), Just(-5.0), Just(0.0), 0.0f64..1e12
+            ])), 1..150),
+            back in 0i64..200,
+            horizon in 1usize..60,
+        ) {
+            let mut m = mixture();
+            let v: VolumeName = "v".into();
+            let mut at = 1_000i64;
+            for (i, (step, value)) in pushes.iter().enumerate() {
+                at += step;
+                if i == 60 {
+                    at -= back;
+                }
+                let _ = m.observe(&v, at * 1_000_000_000, value.map(bin));
+                if let Some(f) = m.forecast(&v, horizon) {
+                    prop_assert_eq!(f.rows.len(), horizon);
+                    prop_assert_eq!(f.onset.len(), horizon);
+                    for row in &f.rows {
+                        prop_assert!(row.iter().all(|x| x.is_finite() && *x >= 0.0));
+                        prop_assert!(row.windows(2).all(|w| w[0] <= w[1]));
+                    }
+                    prop_assert!(f.onset.iter().all(|p| (0.0..=1.0).contains(p)));
+                    prop_assert!((0.0..=1.0).contains(&f.burst_probability()));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,527 @@
+//! The quantile network in burn: inputs -> 64 -> 64 -> bins x quantiles, plus a linear skip.
+//!
+//! It is global: one network for all volumes, made possible by normalising each sample by its own
+//! trailing season. Weights are drawn by our own generator, not by burn's, so that a seed means the
+//! same network wherever it is trained.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::optim::{AdamConfig, GradientsParams};
+use burn::tensor::activation::relu;
+use burn::tensor::{Device, Tensor, TensorData};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rustix::time::{ClockId, clock_gettime};
+
+use super::dataset::{Dataset, Samples};
+use super::features::{FEATURE_VERSION, INPUTS};
+use super::weights::{ModelError, OUTPUTS, Predictor, Shape, Trained, TrainedInfo};
+use super::{QUANTILES, SHORT_HORIZON};
+
+/// Samples in a batch.
+const BATCH: usize = 512;
+/// The learning rate falls from the first to the second along half a cosine.
+const LEARNING_RATE: (f64, f64) = (3e-3, 1e-4);
+/// Fewer samples than this say nothing.
+const MIN_SAMPLES: usize = 64;
+/// Samples on which a state of the network is scored.
+const VALIDATION_SAMPLES: usize = 2_000;
+/// How often a training looks at the validation samples.
+const CHECKS: usize = 12;
+
+/// What a training may spend.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Budget {
+    /// Optimiser steps.
+    pub max_steps: usize,
+    /// CPU time of the training thread. The result depends on the machine if this ends it.
+    pub max_cpu: Option<Duration>,
+    /// Samples drawn from the histories; a sample takes about 400 bytes.
+    pub max_samples: usize,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self {
+            max_steps: 3_000,
+            max_cpu: Some(Duration::from_secs(60)),
+            max_samples: 200_000,
+        }
+    }
+}
+
+#[derive(Module, Debug)]
+struct Net {
+    first: Linear,
+    second: Linear,
+    head: Linear,
+    skip: Linear,
+}
+
+impl Net {
+    fn new(shape: Shape, weights: &[f32], device: &Device) -> Self {
+        let Shape {
+            inputs,
+            hidden,
+            outputs,
+        } = shape;
+        let mut rest = weights;
+        let mut take = |n: usize| {
+            let (head, tail) = rest.split_at(n);
+            rest = tail;
+            head.to_vec()
+        };
+        let mut layer = |i: usize, o: usize, bias: bool| Linear {
+            weight: Param::from_data(TensorData::new(take(i * o), [i, o]), device),
+            bias: bias.then(|| Param::from_data(TensorData::new(take(o), [o]), device)),
+        };
+        Self {
+            first: layer(inputs, hidden, true),
+            second: layer(hidden, hidden, true),
+            head: layer(hidden, outputs, true),
+            skip: layer(inputs, outputs, false),
+        }
+    }
+
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        let hidden = relu(self.first.forward(x.clone()));
+        let hidden = relu(self.second.forward(hidden));
+        self.head.forward(hidden) + self.skip.forward(x)
+    }
+
+    fn weights(&self) -> Vec<f32> {
+        let mut all = Vec::new();
+        for layer in [&self.first, &self.second, &self.head, &self.skip] {
+            all.extend(floats(layer.weight.val().into_data()));
+            if let Some(bias) = &layer.bias {
+                all.extend(floats(bias.val().into_data()));
+            }
+        }
+        all
+    }
+}
+
+fn floats(data: TensorData) -> Vec<f32> {
+    // The network is made of f32 throughout, so the conversion has nothing to refuse.
+    data.to_vec::<f32>().unwrap_or_default()
+}
+
+/// A trained network, ready to forecast.
+pub struct Network {
+    net: Net,
+    device: Device,
+}
+
+impl Network {
+    /// The network of `trained`.
+    ///
+    /// # Errors
+    /// [`ModelError::Mismatch`] if it does not fit this build.
+    pub fn new(trained: &Trained) -> Result<Self, ModelError> {
+        trained.check()?;
+        let device = Device::flex();
+        Ok(Self {
+            net: Net::new(trained.info.shape, &trained.weights, &device),
+            device,
+        })
+    }
+}
+
+impl Predictor for Network {
+    fn predict(&self, inputs: &[f32]) -> Vec<f32> {
+        let rows = inputs.len() / INPUTS;
+        let x = TensorData::new(inputs[..rows * INPUTS].to_vec(), [rows, INPUTS]);
+        floats(
+            self.net
+                .forward(Tensor::from_data(x, &self.device))
+                .into_data(),
+        )
+    }
+}
+
+/// Fresh weights: uniform within one over the root of the fan-in, the skip and all biases zero.
+fn fresh_weights(shape: Shape, seed: u64) -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let fan_in = [shape.inputs, 0, shape.hidden, 0, shape.hidden, 0, 0];
+    let mut weights = Vec::with_capacity(shape.weights());
+    for (n, fan_in) in shape.parts().into_iter().zip(fan_in) {
+        if fan_in == 0 {
+            weights.extend(std::iter::repeat_n(0.0, n));
+        } else {
+            weights.extend(uniform(&mut rng, n, 1.0 / (fan_in as f32).sqrt()));
+        }
+    }
+    weights
+}
+
+/// The mean pinball loss over the measured targets.
+fn pinball_loss(
+    forecast: Tensor<2>,
+    targets: Tensor<3>,
+    mask: Tensor<3>,
+    levels: Tensor<3>,
+) -> Tensor<1> {
+    let [n, _] = forecast.dims();
+    let error = targets - forecast.reshape([n, SHORT_HORIZON, QUANTILES.len()]);
+    // max(q e, (q - 1) e) = q e + max(0, -e)
+    let loss = error.clone() * levels + relu(-error);
+    let measured = mask.clone().sum().clamp_min(1.0) * QUANTILES.len() as f32;
+    (loss * mask).sum() / measured
+}
+
+/// Trains a network on `data`, starting from `from` if given.
+///
+/// The same data, seed and step budget give the same weights. `cancel` is looked at in every step.
+///
+/// # Errors
+/// [`ModelError::TooLittle`], [`ModelError::Cancelled`], [`ModelError::Diverged`], and
+/// [`ModelError::Mismatch`] if `from` does not fit.
+pub fn train(
+    data: &Dataset,
+    budget: Budget,
+    seed: u64,
+    from: Option<&Trained>,
+    cancel: &AtomicBool,
+) -> Result<Trained, ModelError> {
+    let started = cpu_time();
+    let too_little = |samples| ModelError::TooLittle {
+        samples,
+        needed: MIN_SAMPLES,
+    };
+    let (Some((data_from, data_to)), Some(split)) = (data.range(), data.split()) else {
+        return Err(too_little(0));
+    };
+    let origins = data.training_origins(split, budget.max_samples, seed);
+    if origins.len() < MIN_SAMPLES {
+        return Err(too_little(origins.len()));
+    }
+    let validation = data.validation_origins(split, VALIDATION_SAMPLES);
+    let samples = data.samples(&origins);
+    let mut weights = match from {
+        Some(trained) => {
+            trained.check()?;
+            trained.weights.clone()
+        }
+        None => fresh_weights(Shape::CURRENT, seed),
+    };
+    let mut info = TrainedInfo {
+        shape: Shape::CURRENT,
+        feature_version: FEATURE_VERSION,
+        scale: data.scale,
+        seed,
+        steps: 0,
+        samples: samples.len(),
+        volumes: data.series.len(),
+        data_from,
+        trained_until: split,
+        data_to,
+        score: f64::INFINITY,
+    };
+    let mut run = Run::new(&samples, &weights, seed);
+    let check_every = (budget.max_steps / CHECKS).max(1);
+    for step in 1..=budget.max_steps {
+        if cancel.load(Ordering::Relaxed) {
+            return Err(ModelError::Cancelled { steps: step - 1 });
+        }
+        let spent = cpu_time().saturating_sub(started);
+        let progress = budget
+            .max_cpu
+            .map_or(0.0, |max| spent.as_secs_f64() / max.as_secs_f64().max(1e-9));
+        let last = step == budget.max_steps || progress >= 1.0;
+        run.step(progress.max(step as f64 / budget.max_steps as f64));
+        if last || step % check_every == 0 {
+            let candidate = run.weights();
+            if candidate.iter().any(|w| !w.is_finite()) {
+                return Err(ModelError::Diverged { steps: step, seed });
+            }
+            let trained = Trained {
+                info: info.clone(),
+                weights: candidate,
+            };
+            let score = data.score(&Network::new(&trained)?, &validation);
+            // Without validation samples the newest state is as good as any.
+            if score.is_none_or(|s| s < info.score) {
+                weights = trained.weights;
+                info.score = score.unwrap_or(info.score);
+                info.steps = step;
+            }
+        }
+        if last {
+            break;
+        }
+    }
+    Ok(Trained { info, weights })
+}
+
+/// A training under way.
+struct Run<'a> {
+    samples: &'a Samples,
+    batches: Batches,
+    device: Device,
+    levels: Tensor<3>,
+    optimizer: burn::optim::ModuleOptimizer,
+    net: Option<Net>,
+}
+
+impl<'a> Run<'a> {
+    fn new(samples: &'a Samples, weights: &[f32], seed: u64) -> Self {
+        let device = Device::flex().autodiff();
+        let levels = QUANTILES.map(|q| q as f32).to_vec();
+        Self {
+            samples,
+            batches: Batches::new(samples.len(), BATCH, seed ^ 0x5eed),
+            levels: Tensor::from_data(TensorData::new(levels, [1, 1, QUANTILES.len()]), &device),
+            optimizer: AdamConfig::new().init(),
+            net: Some(Net::new(Shape::CURRENT, weights, &device)),
+            device,
+        }
+    }
+
+    fn step(&mut self, progress: f64) {
+        let Some(net) = self.net.take() else { return };
+        let rows = self.batches.next().to_vec();
+        let gather = |values: &[f32], width: usize| {
+            let mut out = Vec::with_capacity(rows.len() * width);
+            for row in &rows {
+                out.extend_from_slice(&values[row * width..(row + 1) * width]);
+            }
+            out
+        };
+        let n = rows.len();
+        let x = TensorData::new(gather(&self.samples.inputs, INPUTS), [n, INPUTS]);
+        let wide = |values: &[f32]| {
+            let data = TensorData::new(gather(values, SHORT_HORIZON), [n, SHORT_HORIZON, 1]);
+            Tensor::<3>::from_data(data, &self.device)
+        };
+        let forecast = net.forward(Tensor::from_data(x, &self.device));
+        let loss = pinball_loss(
+            forecast,
+            wide(&self.samples.targets),
+            wide(&self.samples.mask),
+            self.levels.clone(),
+        );
+        let gradients = GradientsParams::from_grads(loss.backward(), &net);
+        let (high, low) = LEARNING_RATE;
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos());
+        self.net = Some(
+            self.optimizer
+                .step(low + (high - low) * cosine, net, gradients),
+        );
+    }
+
+    fn weights(&self) -> Vec<f32> {
+        self.net.as_ref().map(Net::weights).unwrap_or_default()
+    }
+}
+
+/// Shuffled batches of sample numbers, for ever; the same for the same seed.
+struct Batches {
+    order: Vec<usize>,
+    at: usize,
+    batch: usize,
+    rng: StdRng,
+}
+
+impl Batches {
+    fn new(samples: usize, batch: usize, seed: u64) -> Self {
+        Self {
+            order: (0..samples).collect(),
+            at: samples,
+            batch: batch.min(samples).max(1),
+            rng: StdRng::seed_from_u64(seed),
+        }
+    }
+
+    fn next(&mut self) -> &[usize] {
+        if self.at + self.batch > self.order.len() {
+            self.order.shuffle(&mut self.rng);
+            self.at = 0;
+        }
+        let from = self.at;
+        self.at += self.batch;
+        &self.order[from..self.at]
+    }
+}
+
+/// Uniform values in `[-bound, bound)`; the same for the same generator state.
+fn uniform(rng: &mut StdRng, n: usize, bound: f32) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(-bound..bound)).collect()
+}
+
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
+}
+
+const _: () = assert!(OUTPUTS == SHORT_HORIZON * QUANTILES.len());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::baselines::{self, Member, pinball};
+    use crate::model::burst::BurstRule;
+    use crate::model::dataset::network_rows;
+    use crate::model::features::features;
+    use crate::model::series::{LoadBin, Series, TimeScale};
+
+    /// Volumes of different levels with a daily shape, drifting noise and a job every few hours
+    /// whose start wanders: something to learn, but not a sine.
+    fn seasonal(volumes: u64, seasons: i64) -> Dataset {
+        let scale = TimeScale::new(Duration::from_secs(300), 96).unwrap();
+        let series = (0..volumes)
+            .map(|v| {
+                let mut rng = StdRng::seed_from_u64(100 + v);
+                let mut noise = |b: f32| f64::from(uniform(&mut rng, 1, b)[0]);
+                let mut series = Series::new(scale, BurstRule::default(), 40);
+                let mut drift = 0.0f64;
+                for i in 0..seasons * 96 {
+                    drift = 0.9 * drift + noise(0.3);
+                    let clock = (i % 96) as f64 / 96.0;
+                    let day = 1.5 * (std::f64::consts::TAU * (clock + v as f64 / 7.0)).sin();
+                    let job = if (i % 96 - 30 - (i / 96 * 7 + v as i64) % 4).rem_euclid(32) < 3 {
+                        2.0
+                    } else {
+                        0.0
+                    };
+                    let level = 12.0 + v as f64 * 0.7 + day + job + drift;
+                    let load = LoadBin {
+                        read_bytes: level.exp() * (300.0 + 200.0 * noise(0.5)),
+                        read_ops: 10.0,
+                        ..LoadBin::default()
+                    };
+                    series.push(i * scale.bin_nanos(), Some(load)).unwrap();
+                }
+                (format!("v{v}").into(), series)
+            })
+            .collect();
+        Dataset { scale, series }
+    }
+
+    fn steps(max_steps: usize) -> Budget {
+        Budget {
+            max_steps,
+            max_cpu: None,
+            max_samples: 20_000,
+        }
+    }
+
+    #[test]
+    fn the_network_beats_last_value_and_the_weighted_mean_on_held_out_time() {
+        let data = seasonal(6, 20);
+        let trained = train(&data, steps(400), 1, None, &AtomicBool::new(false)).unwrap();
+        println!(
+            "seed 1: score {:.3} after {} steps",
+            trained.info.score, trained.info.steps
+        );
+        assert!(trained.info.score < 0.8, "{}", trained.info.score);
+        let network = Network::new(&trained).unwrap();
+        let (mut mine, mut last) = (0.0, 0.0);
+        for origin in data.validation_origins(data.split().unwrap(), 500) {
+            let series = &data.series[origin.series].1;
+            let known = series.until(origin.bins);
+            let (x, normal) = features(known);
+            let net = network_rows(&network, &x, normal).unwrap();
+            let naive = baselines::forecast(Member::LastValue, known, SHORT_HORIZON).unwrap();
+            let actual = &series.known().rows[origin.bins..];
+            for ((row, net), naive) in actual.iter().zip(&net).zip(&naive) {
+                mine += pinball(net, row.load);
+                last += pinball(naive, row.load);
+            }
+        }
+        println!("pinball {mine:.0} against {last:.0} of last value");
+        assert!(mine < 0.75 * last, "{mine} {last}");
+    }
+
+    #[test]
+    fn a_seed_means_the_same_network() {
+        let data = seasonal(2, 8);
+        let run = |seed| train(&data, steps(20), seed, None, &AtomicBool::new(false)).unwrap();
+        let first = run(3);
+        assert_eq!(first, run(3));
+        assert_ne!(first.weights, run(4).weights);
+    }
+
+    #[test]
+    fn training_resumes_from_weights() {
+        let data = seasonal(2, 8);
+        let never = AtomicBool::new(false);
+        let first = train(&data, steps(60), 3, None, &never).unwrap();
+        let more = train(&data, steps(2), 4, Some(&first), &never).unwrap();
+        let fresh = train(&data, steps(2), 4, None, &never).unwrap();
+        assert!(more.info.score < fresh.info.score);
+    }
+
+    #[test]
+    fn a_training_can_be_cancelled_and_bounded() {
+        let data = seasonal(2, 8);
+        let error = train(&data, steps(100), 1, None, &AtomicBool::new(true)).unwrap_err();
+        assert!(
+            matches!(error, ModelError::Cancelled { steps: 0 }),
+            "{error}"
+        );
+        let budget = Budget {
+            max_cpu: Some(Duration::from_millis(1)),
+            ..steps(1_000_000)
+        };
+        let trained = train(&data, budget, 1, None, &AtomicBool::new(false)).unwrap();
+        assert!(trained.info.steps <= 2, "{}", trained.info.steps);
+    }
+
+    #[test]
+    fn too_little_history_is_an_error_in_words() {
+        let data = seasonal(1, 1);
+        let error = train(&data, steps(10), 1, None, &AtomicBool::new(false)).unwrap_err();
+        assert!(matches!(error, ModelError::TooLittle { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_constant_series_trains_and_forecasts_itself() {
+        let scale = TimeScale::new(Duration::from_secs(1), 24).unwrap();
+        let mut series = Series::new(scale, BurstRule::default(), 40);
+        for i in 0..600 {
+            let load = LoadBin {
+                write_bytes: 4096.0,
+                ..LoadBin::default()
+            };
+            series.push(i * 1_000_000_000, Some(load)).unwrap();
+        }
+        let data = Dataset {
+            scale,
+            series: vec![("c".into(), series)],
+        };
+        let trained = train(&data, steps(200), 1, None, &AtomicBool::new(false)).unwrap();
+        let network = Network::new(&trained).unwrap();
+        let (x, normal) = features(data.series[0].1.known());
+        for row in network_rows(&network, &x, normal).unwrap() {
+            assert!((row[1] - 4096.0).abs() < 400.0, "{row:?}");
+        }
+    }
+
+    #[test]
+    fn a_saved_network_forecasts_the_same() {
+        let data = seasonal(2, 8);
+        let trained = train(&data, steps(20), 3, None, &AtomicBool::new(false)).unwrap();
+        let loaded = Trained::from_bytes(&trained.to_bytes()).unwrap();
+        let (x, _) = features(data.series[0].1.known());
+        assert_eq!(
+            Network::new(&trained).unwrap().predict(&x),
+            Network::new(&loaded).unwrap().predict(&x)
+        );
+    }
+
+    #[test]
+    fn batches_cover_every_sample_each_epoch() {
+        let mut batches = Batches::new(10, 5, 3);
+        let mut seen: Vec<usize> = batches.next().to_vec();
+        seen.extend_from_slice(batches.next());
+        seen.sort_unstable();
+        assert_eq!(seen, (0..10).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,400 @@
+//! A trained network as plain numbers, and the file it is kept in.
+//!
+//! One file holds everything that belongs together:
+//!
+//! ```text
+//! bytes 0..8    "SOEMODEL"
+//! bytes 8..12   format version, u32 little-endian (1)
+//! bytes 12..16  length of the header, u32 little-endian
+//! header        JSON of [`TrainedInfo`]
+//! weights       f32 little-endian, in the order of [`Shape`]
+//! last 32       BLAKE3 of all bytes before
+//! ```
+//!
+//! The checksum comes last so that a file cut short cannot pass.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::features::{FEATURE_VERSION, INPUTS};
+use super::{QUANTILES, SHORT_HORIZON, TimeScale};
+use crate::seam::UnixNanos;
+
+const MAGIC: &[u8; 8] = b"SOEMODEL";
+const VERSION: u32 = 1;
+const CHECKSUM: usize = 32;
+/// A file larger than this is not read: networks are smaller by orders of magnitude.
+const MAX_FILE: u64 = 64 << 20;
+
+/// Values a network puts out per sample: bin by bin, within a bin the [`QUANTILES`].
+pub const OUTPUTS: usize = SHORT_HORIZON * QUANTILES.len();
+
+/// Why a network cannot be made, kept or used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The file cannot be read or written.
+    #[error("model file {path}: {call}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The call that failed.
+        call: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The bytes are not a model that was written whole.
+    #[error("model file is damaged: {why}; train again with 'soe model train'")]
+    Corrupt {
+        /// What is wrong.
+        why: String,
+    },
+    /// The network was made for other inputs or outputs.
+    #[error("model does not fit this build: {why}; train again with 'soe model train'")]
+    Mismatch {
+        /// What differs.
+        why: String,
+    },
+    /// There is not enough history.
+    #[error("training: {samples} samples of history, at least {needed} are needed; wait for more")]
+    TooLittle {
+        /// Samples found.
+        samples: usize,
+        /// Samples needed.
+        needed: usize,
+    },
+    /// The training was cancelled.
+    #[error("training was cancelled after {steps} steps")]
+    Cancelled {
+        /// Steps done.
+        steps: usize,
+    },
+    /// The loss is no longer a number.
+    #[error("training diverged after {steps} steps (seed {seed}); use another seed")]
+    Diverged {
+        /// Steps done.
+        steps: usize,
+        /// The seed.
+        seed: u64,
+    },
+    /// This program was built without the feature `model`.
+    #[error("this build has no network (feature 'model' is off); the baselines forecast alone")]
+    NotBuilt,
+}
+
+/// The layer sizes of a network; the weights follow each other in this order, row-major
+/// `[input, output]`: first layer and bias, second layer and bias, head and bias, linear skip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    /// Inputs.
+    pub inputs: usize,
+    /// Units of each hidden layer.
+    pub hidden: usize,
+    /// Outputs.
+    pub outputs: usize,
+}
+
+impl Shape {
+    /// The shape of this build.
+    pub const CURRENT: Shape = Shape {
+        inputs: INPUTS,
+        hidden: 64,
+        outputs: OUTPUTS,
+    };
+
+    /// The sizes of the arrays, in order.
+    pub fn parts(&self) -> [usize; 7] {
+        let Shape {
+            inputs: i,
+            hidden: h,
+            outputs: o,
+        } = *self;
+        [i * h, h, h * h, h, h * o, o, i * o]
+    }
+
+    /// The number of weights.
+    pub fn weights(&self) -> usize {
+        self.parts().iter().sum()
+    }
+}
+
+/// How a network came about.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainedInfo {
+    /// The layer sizes.
+    pub shape: Shape,
+    /// Which inputs it takes.
+    pub feature_version: u32,
+    /// The scale of the histories it was trained on.
+    pub scale: TimeScale,
+    /// The seed of weights and batches.
+    pub seed: u64,
+    /// Optimiser steps done.
+    pub steps: usize,
+    /// Samples trained on.
+    pub samples: usize,
+    /// Volumes trained on.
+    pub volumes: usize,
+    /// Start of the histories, in nanoseconds since the Unix epoch.
+    pub data_from: UnixNanos,
+    /// From here on nothing was trained on.
+    pub trained_until: UnixNanos,
+    /// End of the histories; the score is from `trained_until` to here.
+    pub data_to: UnixNanos,
+    /// Pinball loss relative to the exponentially weighted mean, the geometric mean over volumes;
+    /// below 1 is better.
+    pub score: f64,
+}
+
+/// A trained network.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trained {
+    /// How it came about.
+    pub info: TrainedInfo,
+    /// The weights, as [`Shape`] orders them.
+    pub weights: Vec<f32>,
+}
+
+/// Forecasts on the network's scale from the inputs of one sample.
+pub trait Predictor: Send {
+    /// [`OUTPUTS`] normalised log loads for [`INPUTS`] inputs.
+    fn predict(&self, inputs: &[f32]) -> Vec<f32>;
+}
+
+/// Makes a trained network ready to forecast.
+///
+/// # Errors
+/// [`ModelError::Mismatch`] if it was made for other inputs, [`ModelError::NotBuilt`] without the
+/// feature `model`.
+pub fn predictor(trained: &Trained) -> Result<Box<dyn Predictor>, ModelError> {
+    trained.check()?;
+    #[cfg(feature = "model")]
+    return Ok(Box::new(super::net::Network::new(trained)?));
+    #[cfg(not(feature = "model"))]
+    Err(ModelError::NotBuilt)
+}
+
+impl Trained {
+    /// Checks that the network fits this build.
+    ///
+    /// # Errors
+    /// [`ModelError::Mismatch`] that says what differs.
+    pub fn check(&self) -> Result<(), ModelError> {
+        let mismatch = |why: String| Err(ModelError::Mismatch { why });
+        if self.info.feature_version != FEATURE_VERSION {
+            return mismatch(format!(
+                "inputs of version {}, this build has version {FEATURE_VERSION}",
+                self.info.feature_version
+            ));
+        }
+        if self.info.shape != Shape::CURRENT {
+            return mismatch(format!(
+                "layers {:?}, this build has {:?}",
+                self.info.shape,
+                Shape::CURRENT
+            ));
+        }
+        if self.weights.len() != self.info.shape.weights() {
+            return mismatch(format!(
+                "{} weights, the layers need {}",
+                self.weights.len(),
+                self.info.shape.weights()
+            ));
+        }
+        if self.weights.iter().any(|w| !w.is_finite()) {
+            return mismatch("a weight is not a finite number".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The bytes of the model file.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // Serialising plain numbers to JSON cannot fail.
+        let header = serde_json::to_vec(&self.info).unwrap_or_default();
+        let mut bytes = Vec::with_capacity(16 + header.len() + self.weights.len() * 4 + CHECKSUM);
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&(header.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&header);
+        for weight in &self.weights {
+            bytes.extend_from_slice(&weight.to_le_bytes());
+        }
+        let checksum = blake3::hash(&bytes);
+        bytes.extend_from_slice(checksum.as_bytes());
+        bytes
+    }
+
+    /// Reads the bytes of a model file.
+    ///
+    /// # Errors
+    /// [`ModelError::Corrupt`] if they were not written whole, [`ModelError::Mismatch`] if the
+    /// network does not fit this build.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, ModelError> {
+        let corrupt = |why: &str| ModelError::Corrupt {
+            why: why.to_owned(),
+        };
+        let (content, checksum) = bytes
+            .split_last_chunk::<CHECKSUM>()
+            .ok_or_else(|| corrupt("it is too short"))?;
+        let rest = content
+            .strip_prefix(MAGIC)
+            .ok_or_else(|| corrupt("it does not begin as a model file does"))?;
+        if blake3::hash(content) != blake3::Hash::from_bytes(*checksum) {
+            return Err(corrupt("its checksum does not match"));
+        }
+        let (version, rest) = take_u32(rest).ok_or_else(|| corrupt("it has no version"))?;
+        if version != VERSION {
+            return Err(ModelError::Mismatch {
+                why: format!("file format {version}, this build reads {VERSION}"),
+            });
+        }
+        let (length, rest) = take_u32(rest).ok_or_else(|| corrupt("it has no header"))?;
+        let (header, rest) = usize::try_from(length)
+            .ok()
+            .and_then(|n| rest.split_at_checked(n))
+            .ok_or_else(|| corrupt("its header is cut short"))?;
+        let info: TrainedInfo =
+            serde_json::from_slice(header).map_err(|e| ModelError::Corrupt {
+                why: format!("its header cannot be read: {e}"),
+            })?;
+        let (floats, remainder) = rest.as_chunks::<4>();
+        if !remainder.is_empty() {
+            return Err(corrupt("its weights are cut short"));
+        }
+        let weights = floats.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let trained = Self { info, weights };
+        trained.check()?;
+        Ok(trained)
+    }
+
+    /// Writes the model file so that a crash leaves the old one or the new one.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`].
+    pub fn save(&self, path: &Path) -> Result<(), ModelError> {
+        let failed = |call: &'static str| {
+            move |source: io::Error| ModelError::Io {
+                path: path.to_owned(),
+                call,
+                source,
+            }
+        };
+        let temporary = path.with_extension("new");
+        let mut file = fs::File::create(&temporary).map_err(failed("create"))?;
+        file.write_all(&self.to_bytes()).map_err(failed("write"))?;
+        file.sync_all().map_err(failed("fsync"))?;
+        fs::rename(&temporary, path).map_err(failed("rename"))?;
+        if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
+            fs::File::open(directory)
+                .and_then(|d| d.sync_all())
+                .map_err(failed("fsync directory"))?;
+        }
+        Ok(())
+    }
+
+    /// Reads a model file.
+    ///
+    /// # Errors
+    /// As [`Trained::from_bytes`], and [`ModelError::Io`].
+    pub fn load(path: &Path) -> Result<Self, ModelError> {
+        let failed = |call: &'static str| {
+            move |source: io::Error| ModelError::Io {
+                path: path.to_owned(),
+                call,
+                source,
+            }
+        };
+        let length = fs::metadata(path).map_err(failed("stat"))?.len();
+        if length > MAX_FILE {
+            return Err(ModelError::Corrupt {
+                why: format!("{length} bytes is more than any model has"),
+            });
+        }
+        Self::from_bytes(&fs::read(path).map_err(failed("read"))?)
+    }
+}
+
+fn take_u32(bytes: &[u8]) -> Option<(u32, &[u8])> {
+    let (head, rest) = bytes.split_first_chunk::<4>()?;
+    Some((u32::from_le_bytes(*head), rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn trained() -> Trained {
+        Trained {
+            info: TrainedInfo {
+                shape: Shape::CURRENT,
+                feature_version: FEATURE_VERSION,
+                scale: TimeScale::FIVE_MINUTES,
+                seed: 7,
+                steps: 10,
+                samples: 20,
+                volumes: 2,
+                data_from: 0,
+                trained_until: 80,
+                data_to: 100,
+                score: 0.9,
+            },
+            weights: (0..Shape::CURRENT.weights())
+                .map(|i| i as f32 * 0.25 - 3.0)
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn a_file_round_trips() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.soe");
+        let model = trained();
+        model.save(&path).unwrap();
+        model.save(&path).unwrap();
+        assert_eq!(Trained::load(&path).unwrap(), model);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_network_of_another_shape_is_refused_in_words() {
+        let mut model = trained();
+        model.info.feature_version += 1;
+        let error = Trained::from_bytes(&model.to_bytes()).unwrap_err();
+        assert!(matches!(error, ModelError::Mismatch { .. }), "{error}");
+        let mut model = trained();
+        model.weights.pop();
+        assert!(Trained::from_bytes(&model.to_bytes()).is_err());
+        let mut model = trained();
+        model.weights[5] = f32::NAN;
+        assert!(Trained::from_bytes(&model.to_bytes()).is_err());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_damaged_byte_and_any_cut_is_noticed(
+            at in any::<prop::sample::Index>(), flip in 1u8..=255, cut in any::<prop::sample::Index>()
+        ) {
+            let bytes = trained().to_bytes();
+            let mut damaged = bytes.clone();
+            let at = at.index(bytes.len());
+            damaged[at] ^= flip;
+            let error = Trained::from_bytes(&damaged).unwrap_err();
+            prop_assert!(matches!(error, ModelError::Corrupt { .. }), "{}", error);
+            prop_assert!(Trained::from_bytes(&bytes[..cut.index(bytes.len())]).is_err());
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            let mut framed = MAGIC.to_vec();
+            framed.extend_from_slice(&bytes);
+            let sum = *blake3::hash(&framed).as_bytes();
+            framed.extend_from_slice(&sum);
+            prop_assert!(Trained::from_bytes(&framed).is_err());
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The one owner of all decision state.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::capture::{Waiting, lowest_bin};
+use super::staging::{StagingState, next_burst};
+use super::types::{CaptureKind, Command, Event, GroupName, GroupSpec, PlannerConfig};
+use super::window::Window;
+use crate::model::burst::BurstDetector;
+use crate::model::{Member, QuantileForecast, SHORT_HORIZON, VolumeName};
+use crate::seam::UnixNanos;
+
+mod captures;
+mod preparing;
+
+/// What is predicted for a volume, as `soe group status` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Predicted {
+    /// The load observed last, in bytes per second.
+    pub load_now: Option<f64>,
+    /// When the next burst is expected.
+    pub next_burst_at: Option<UnixNanos>,
+    /// The probability that a burst begins soon, 0 to 1.
+    pub burst_probability: f64,
+    /// The bin with the least expected load, start and end.
+    pub next_low_window: Option<(UnixNanos, UnixNanos)>,
+    /// Who made the forecast.
+    pub model: Option<Member>,
+}
+
+struct Volume {
+    detector: BurstDetector,
+    /// When the load was last known, and how high it was in bytes per second.
+    observed: Option<(UnixNanos, f64)>,
+    forecast: Option<Arc<QuantileForecast>>,
+    staging: StagingState,
+    announced: Vec<UnixNanos>,
+}
+
+struct Group {
+    spec: GroupSpec,
+    created_at: UnixNanos,
+    last_capture: Option<UnixNanos>,
+    last_baseline: Option<UnixNanos>,
+    differential_takes: Duration,
+    baseline_takes: Duration,
+    failures: u32,
+    not_before: Option<UnixNanos>,
+    /// What was last recorded about waiting, so that it is recorded once.
+    waiting: Option<(Waiting, Option<UnixNanos>)>,
+    window: Option<Window>,
+}
+
+struct Capture {
+    volumes: Vec<VolumeName>,
+    kind: CaptureKind,
+    since: UnixNanos,
+}
+
+#[derive(Default)]
+struct Training {
+    running: bool,
+    last: Option<UnixNanos>,
+    first_bin: Option<UnixNanos>,
+}
+
+/// All decision state. See [`crate::plan`].
+pub struct Brain {
+    config: PlannerConfig,
+    groups: BTreeMap<GroupName, Group>,
+    volumes: BTreeMap<VolumeName, Volume>,
+    captures: BTreeMap<GroupName, Capture>,
+    training: Training,
+    last_now: UnixNanos,
+}
+
+impl Brain {
+    /// A brain that knows nothing yet.
+    pub fn new(config: PlannerConfig) -> Self {
+        Self {
+            config,
+            groups: BTreeMap::new(),
+            volumes: BTreeMap::new(),
+            captures: BTreeMap::new(),
+            training: Training::default(),
+            last_now: UnixNanos::MIN,
+        }
+    }
+
+    /// Takes what happened, handled at `now`, and answers with what to do.
+    pub fn apply(&mut self, event: Event, now: UnixNanos) -> Vec<Command> {
+        let mut out = Vec::new();
+        if now < self.last_now {
+            self.clock_went_back(now);
+        }
+        self.last_now = now;
+        match event {
+            Event::Tick => {
+                self.plan_captures(now, &mut out);
+                self.plan_staging(now, &mut out);
+                self.plan_training(now, &mut out);
+            }
+            Event::WindowClosed {
+                volume,
+                start,
+                load,
+            } => self.window_closed(volume, start, load.map(|l| l.bytes()), now, &mut out),
+            Event::LoadSampled {
+                volume,
+                bytes_per_second,
+            } => {
+                if bytes_per_second.is_finite() && bytes_per_second >= 0.0 {
+                    self.volume(&volume).observed = Some((now, bytes_per_second));
+                    self.cancel_staging_in_burst(&volume, now, &mut out);
+                }
+            }
+            Event::ForecastReady { volume, forecast } => {
+                self.volume(&volume).forecast = Some(forecast);
+                self.plan_staging_of(&volume, now, &mut out);
+            }
+            Event::GroupCreated {
+                spec,
+                last_capture,
+                last_baseline,
+            } => self.group_created(spec, last_capture, last_baseline, now),
+            Event::GroupUpdated { spec } => {
+                for volume in &spec.volumes {
+                    self.volume(volume);
+                }
+                if let Some(group) = self.groups.get_mut(&spec.name) {
+                    group.spec = spec;
+                    group.waiting = None;
+                }
+            }
+            Event::GroupDeleted { group } => {
+                self.groups.remove(&group);
+            }
+            Event::CaptureRequested { group, kind } => {
+                self.capture_requested(&group, kind, now, &mut out);
+            }
+            Event::CaptureStarted { group } => {
+                if let Some(capture) = self.captures.get_mut(&group) {
+                    capture.since = now;
+                }
+            }
+            Event::CaptureFinished {
+                group,
+                kind,
+                cut_at,
+            } => self.capture_finished(&group, kind, cut_at, now),
+            Event::CaptureFailed { group, reason } => {
+                self.capture_failed(&group, &reason, now, &mut out);
+            }
+            Event::StagingFinished { volume, outcome } => {
+                self.staging_finished(&volume, outcome, now, &mut out);
+            }
+            Event::EventReceived(event) => self.event_received(event, now),
+            Event::TrainingFinished { .. } => {
+                self.training.running = false;
+                self.training.last = Some(now);
+            }
+            Event::VolumeGone { volume } => {
+                self.volumes.remove(&volume);
+            }
+        }
+        out
+    }
+
+    /// What is predicted for `volume` at `now`; `None` if the volume is unknown.
+    pub fn predicted(&self, volume: &VolumeName, now: UnixNanos) -> Option<Predicted> {
+        let volume = self.volumes.get(volume)?;
+        let forecast = volume.forecast.as_deref();
+        let bin = self.config.scale.bin_nanos();
+        Some(Predicted {
+            load_now: volume.observed.map(|(_, load)| load),
+            next_burst_at: next_burst(forecast, &volume.announced, &self.config, now).map(|b| b.at),
+            burst_probability: forecast.map_or(0.0, QuantileForecast::burst_probability),
+            next_low_window: forecast.and_then(|f| {
+                let start = f.start_of(lowest_bin(f, now)?);
+                Some((start, start + bin))
+            }),
+            model: forecast.map(|f| f.member),
+        })
+    }
+
+    /// The window a group is waiting for; `None` if there is none.
+    pub fn next_window(&self, group: &GroupName) -> Option<(UnixNanos, UnixNanos)> {
+        let window = self.groups.get(group)?.window?;
+        Some((window.start, window.end))
+    }
+
+    /// Whether a capture of the group is under way.
+    pub fn capturing(&self, group: &GroupName) -> bool {
+        self.captures.contains_key(group)
+    }
+
+    /// The cut of a group's newest layer.
+    pub fn last_capture(&self, group: &GroupName) -> Option<UnixNanos> {
+        self.groups.get(group)?.last_capture
+    }
+
+    fn volume(&mut self, name: &VolumeName) -> &mut Volume {
+        let config = &self.config;
+        self.volumes.entry(name.clone()).or_insert_with(|| Volume {
+            detector: BurstDetector::new(config.scale, config.burst),
+            observed: None,
+            forecast: None,
+            staging: StagingState::default(),
+            announced: Vec::new(),
+        })
+    }
+
+    fn window_closed(
+        &mut self,
+        volume: VolumeName,
+        start: UnixNanos,
+        bytes: Option<f64>,
+        now: UnixNanos,
+        out: &mut Vec<Command>,
+    ) {
+        let load = bytes
+            .map(|b| b / self.config.scale.bin().as_secs_f64())
+            .filter(|l| l.is_finite() && *l >= 0.0);
+        let horizon = self.horizon();
+        let end = start.saturating_add(self.config.scale.bin_nanos());
+        self.training.first_bin.get_or_insert(start);
+        let state = self.volume(&volume);
+        state.detector.push(load);
+        if let Some(load) = load
+            && state.observed.is_none_or(|(at, _)| at <= end)
+        {
+            state.observed = Some((end, load));
+        }
+        self.cancel_staging_in_burst(&volume, now, out);
+        out.push(Command::Forecast { volume, horizon });
+    }
+
+    /// Whatever seems to lie in the future now would silence the planner until then.
+    fn clock_went_back(&mut self, now: UnixNanos) {
+        for group in self.groups.values_mut() {
+            group.created_at = group.created_at.min(now);
+            group.last_capture = group.last_capture.map(|at| at.min(now));
+            group.last_baseline = group.last_baseline.map(|at| at.min(now));
+            group.not_before = None;
+            group.waiting = None;
+        }
+        for volume in self.volumes.values_mut() {
+            volume.observed = volume.observed.filter(|(at, _)| *at <= now);
+            volume.forecast = volume.forecast.take().filter(|f| f.issued_at <= now);
+            volume.staging.staged_for = None;
+            volume.staging.not_before = None;
+        }
+        for capture in self.captures.values_mut() {
+            capture.since = capture.since.min(now);
+        }
+        self.training.last = self.training.last.map(|at| at.min(now));
+        self.training.first_bin = self.training.first_bin.map(|at| at.min(now));
+    }
+
+    /// Bins ahead that decisions need: to the longest RPO, at most a season and a little.
+    fn horizon(&self) -> usize {
+        let bin = self.config.scale.bin().as_secs_f64();
+        let longest = self
+            .groups
+            .values()
+            .filter(|g| g.spec.prediction_enabled)
+            .map(|g| (g.spec.rpo + g.baseline_takes).as_secs_f64() / bin)
+            .fold(0.0, f64::max);
+        // The cast saturates; the bound makes it small.
+        (longest.ceil() as usize + 2).clamp(
+            SHORT_HORIZON,
+            self.config.scale.season_bins() + SHORT_HORIZON,
+        )
+    }
+
+    fn group_created(
+        &mut self,
+        spec: GroupSpec,
+        last_capture: Option<UnixNanos>,
+        last_baseline: Option<UnixNanos>,
+        now: UnixNanos,
+    ) {
+        for volume in &spec.volumes {
+            self.volume(volume);
+        }
+        let group = Group {
+            created_at: now,
+            // A cut in the future would silence the group: the clock has stepped back since.
+            last_capture: last_capture.map(|at| at.min(now)),
+            last_baseline: last_baseline.map(|at| at.min(now)),
+            differential_takes: self.config.capture_duration,
+            baseline_takes: self.config.capture_duration * 4,
+            failures: 0,
+            not_before: None,
+            waiting: None,
+            window: None,
+            spec,
+        };
+        self.groups.insert(group.spec.name.clone(), group);
+    }
+
+    /// The observed load, unless it is too old to mean anything.
+    fn fresh(&self, volume: &Volume, now: UnixNanos) -> Option<f64> {
+        let (at, load) = volume.observed?;
+        (now.saturating_sub(at) <= 2 * self.config.scale.bin_nanos()).then_some(load)
+    }
+
+    fn in_burst(&self, volume: &Volume, now: UnixNanos) -> bool {
+        match self.fresh(volume, now) {
+            Some(load) => load > volume.detector.threshold(),
+            None => volume.detector.in_burst(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,280 @@
+//! Captures: which groups now, and what became of the ones before.
+
+use std::time::Duration;
+
+use super::{Brain, Capture, Group, Volume};
+use crate::model::{QuantileForecast, VolumeName};
+use crate::plan::capture::{GroupView, Intent, Waiting, plan};
+use crate::plan::types::{Action, CaptureHints, CaptureKind, Command, Decision, GroupName, nanos};
+use crate::plan::window::Window;
+use crate::seam::UnixNanos;
+
+impl Brain {
+    pub(super) fn capture_requested(
+        &mut self,
+        name: &GroupName,
+        kind: Option<CaptureKind>,
+        now: UnixNanos,
+        out: &mut Vec<Command>,
+    ) {
+        let refusal = if !self.groups.contains_key(name) {
+            Some(format!("there is no group {name}"))
+        } else {
+            self.busy(name)
+        };
+        if let Some(reason) = refusal {
+            out.push(Command::RefuseCapture {
+                group: name.clone(),
+                reason,
+            });
+            return;
+        }
+        let Some(group) = self.groups.get(name) else {
+            return;
+        };
+        let kind = match kind {
+            Some(kind) => kind,
+            None if group.last_baseline.is_none() => CaptureKind::Baseline,
+            None => CaptureKind::Differential,
+        };
+        let takes = match kind {
+            CaptureKind::Baseline => group.baseline_takes,
+            CaptureKind::Differential => group.differential_takes,
+        };
+        let until = now.saturating_add(nanos(takes));
+        self.start_capture(
+            name,
+            kind,
+            false,
+            until,
+            "a user asked for it".to_owned(),
+            now,
+            out,
+        );
+    }
+
+    /// Why the group cannot be captured now, if it cannot: one of its volumes is being captured.
+    pub(super) fn busy(&self, name: &GroupName) -> Option<String> {
+        if self.captures.contains_key(name) {
+            return Some(format!("group {name} is being captured already"));
+        }
+        let group = self.groups.get(name)?;
+        self.captures.iter().find_map(|(other, capture)| {
+            let shared = capture
+                .volumes
+                .iter()
+                .find(|v| group.spec.volumes.contains(v))?;
+            Some(format!("{shared} is being captured for group {other}"))
+        })
+    }
+
+    pub(super) fn plan_captures(&mut self, now: UnixNanos, out: &mut Vec<Command>) {
+        let mut names: Vec<GroupName> = self.groups.keys().cloned().collect();
+        // Where groups compete for a volume, the more critical one comes first.
+        names.sort_by_key(|n| {
+            self.groups
+                .get(n)
+                .map(|g| std::cmp::Reverse(g.spec.criticality))
+        });
+        for name in names {
+            if self.busy(&name).is_some() {
+                continue;
+            }
+            let Some(group) = self.groups.get(&name) else {
+                continue;
+            };
+            if group.spec.volumes.is_empty() || group.not_before.is_some_and(|at| now < at) {
+                continue;
+            }
+            let intent = plan(&self.view(group, now), &self.config, now);
+            match intent {
+                Intent::Capture {
+                    kind,
+                    urgent,
+                    until,
+                    reason,
+                } => self.start_capture(&name, kind, urgent, until, reason, now, out),
+                Intent::Wait {
+                    waiting,
+                    window,
+                    reason,
+                } => self.wait(&name, waiting, window, &reason, now, out),
+            }
+        }
+    }
+
+    pub(super) fn view<'a>(&'a self, group: &'a Group, now: UnixNanos) -> GroupView<'a> {
+        let volumes: Vec<(&VolumeName, &Volume)> = group
+            .spec
+            .volumes
+            .iter()
+            .filter_map(|name| self.volumes.get_key_value(name))
+            .collect();
+        let all = volumes.len() == group.spec.volumes.len();
+        let forecasts: Option<Vec<&QuantileForecast>> =
+            volumes.iter().map(|(_, v)| v.forecast.as_deref()).collect();
+        let observed = volumes
+            .iter()
+            .map(|(_, v)| self.fresh(v, now))
+            .sum::<Option<f64>>();
+        GroupView {
+            spec: &group.spec,
+            created_at: group.created_at,
+            last_capture: group.last_capture,
+            last_baseline: group.last_baseline,
+            differential_takes: group.differential_takes,
+            baseline_takes: group.baseline_takes,
+            forecasts: forecasts.filter(|_| all).unwrap_or_default(),
+            observed: observed.filter(|_| all),
+            median: volumes.iter().map(|(_, v)| v.detector.median()).sum(),
+            burst_on: volumes
+                .iter()
+                .find(|(_, v)| self.in_burst(v, now))
+                .map(|(name, _)| *name),
+        }
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is a part of the decision's record"
+    )]
+    pub(super) fn start_capture(
+        &mut self,
+        name: &GroupName,
+        kind: CaptureKind,
+        urgent: bool,
+        until: UnixNanos,
+        reason: String,
+        now: UnixNanos,
+        out: &mut Vec<Command>,
+    ) {
+        let Some(group) = self.groups.get_mut(name) else {
+            return;
+        };
+        group.waiting = None;
+        group.window = None;
+        for volume in &group.spec.volumes {
+            out.push(Command::RecordDecision(Decision {
+                at: now,
+                group: Some(name.clone()),
+                volume: volume.clone(),
+                action: Action::Capture,
+                window_start: Some(now),
+                window_end: Some(until),
+                reason: reason.clone(),
+            }));
+        }
+        out.push(Command::StartCapture {
+            group: name.clone(),
+            kind,
+            hints: CaptureHints {
+                max_pause: group.spec.max_pause,
+                p99_target: group.spec.p99_target,
+                urgent,
+            },
+            reason,
+        });
+        let capture = Capture {
+            volumes: group.spec.volumes.clone(),
+            kind,
+            since: now,
+        };
+        self.captures.insert(name.clone(), capture);
+    }
+
+    pub(super) fn wait(
+        &mut self,
+        name: &GroupName,
+        waiting: Waiting,
+        window: Option<Window>,
+        reason: &str,
+        now: UnixNanos,
+        out: &mut Vec<Command>,
+    ) {
+        let Some(group) = self.groups.get_mut(name) else {
+            return;
+        };
+        group.window = window;
+        // Within one bin the start of a window only moves with the clock.
+        let bin = window.map(|w| self.config.scale.index_of(w.start));
+        if group.waiting == Some((waiting, bin)) {
+            return;
+        }
+        group.waiting = Some((waiting, bin));
+        for volume in &group.spec.volumes {
+            out.push(Command::RecordDecision(Decision {
+                at: now,
+                group: Some(name.clone()),
+                volume: volume.clone(),
+                action: Action::Wait,
+                window_start: window.map(|w| w.start),
+                window_end: window.map(|w| w.end),
+                reason: reason.to_owned(),
+            }));
+        }
+    }
+
+    pub(super) fn capture_finished(
+        &mut self,
+        name: &GroupName,
+        kind: CaptureKind,
+        cut_at: UnixNanos,
+        now: UnixNanos,
+    ) {
+        let capture = self.captures.remove(name);
+        let Some(group) = self.groups.get_mut(name) else {
+            return;
+        };
+        let cut_at = cut_at.min(now);
+        group.failures = 0;
+        group.not_before = None;
+        group.last_capture = Some(cut_at);
+        if kind == CaptureKind::Baseline {
+            group.last_baseline = Some(cut_at);
+        }
+        // A differential that had to become a baseline says nothing about how long one takes.
+        if let Some(capture) = capture.filter(|c| c.kind == kind) {
+            let took = Duration::from_nanos(u64::try_from(now - capture.since).unwrap_or(0));
+            let known = match kind {
+                CaptureKind::Baseline => &mut group.baseline_takes,
+                CaptureKind::Differential => &mut group.differential_takes,
+            };
+            *known = (*known * 7 + took * 3) / 10;
+        }
+    }
+
+    pub(super) fn capture_failed(
+        &mut self,
+        name: &GroupName,
+        reason: &str,
+        now: UnixNanos,
+        out: &mut Vec<Command>,
+    ) {
+        self.captures.remove(name);
+        let Some(group) = self.groups.get_mut(name) else {
+            return;
+        };
+        group.failures = group.failures.saturating_add(1);
+        let longest = (group.spec.rpo / 8).max(self.config.backoff);
+        let wait = self
+            .config
+            .backoff
+            .saturating_mul(1 << (group.failures - 1).min(16))
+            .min(longest);
+        group.not_before = Some(now.saturating_add(nanos(wait)));
+        for volume in &group.spec.volumes {
+            out.push(Command::RecordDecision(Decision {
+                at: now,
+                group: Some(name.clone()),
+                volume: volume.clone(),
+                action: Action::Wait,
+                window_start: group.not_before,
+                window_end: None,
+                reason: format!(
+                    "capture failed ({reason}); trying again after {:.1} s",
+                    wait.as_secs_f64()
+                ),
+            }));
+        }
+    }
+}

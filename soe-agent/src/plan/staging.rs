@@ -1,0 +1,191 @@
+//! When to stage a volume's hot blocks: shortly before a burst, with time enough to copy. Pure.
+
+use super::capture::Span;
+use super::types::{PlannerConfig, nanos};
+use crate::model::{Q50, QuantileForecast};
+use crate::seam::UnixNanos;
+
+/// A burst that is expected.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExpectedBurst {
+    /// When it begins.
+    pub at: UnixNanos,
+    /// How likely it is, 0 to 1.
+    pub probability: f64,
+    /// Why it is expected, in words.
+    pub reason: String,
+}
+
+/// How likely a burst is taken to be that someone announced.
+const ANNOUNCED: f64 = 0.9;
+
+/// The next burst after `now` that is likely enough to act on.
+///
+/// It comes from what was announced, from the onset probabilities, or from the median load rising
+/// above the threshold, whichever is first.
+pub fn next_burst(
+    forecast: Option<&QuantileForecast>,
+    announced: &[UnixNanos],
+    config: &PlannerConfig,
+    now: UnixNanos,
+) -> Option<ExpectedBurst> {
+    let announced = announced
+        .iter()
+        .copied()
+        .filter(|at| *at > now)
+        .min()
+        .map(|at| ExpectedBurst {
+            at,
+            probability: ANNOUNCED,
+            reason: "a burst was announced".to_owned(),
+        });
+    let Some(forecast) = forecast else {
+        return announced;
+    };
+    let spread = 2 * config.scale.clock_tolerance() + 1;
+    let by_onset = forecast
+        .next_onset(config.staging.alarm, spread)
+        .map(|(h, probability)| ExpectedBurst {
+            at: forecast.start_of(h),
+            probability,
+            reason: format!("earlier bursts foretell one with probability {probability:.2}"),
+        });
+    let by_load = forecast
+        .rows
+        .iter()
+        .position(|row| f64::from(row[Q50]) > forecast.burst_threshold)
+        .filter(|h| *h > 0)
+        .map(|h| ExpectedBurst {
+            at: forecast.start_of(h),
+            probability: 0.5,
+            reason: "the forecast's median rises above the burst threshold".to_owned(),
+        });
+    [announced, by_onset, by_load]
+        .into_iter()
+        .flatten()
+        .filter(|b| b.at > now)
+        .min_by_key(|b| b.at)
+}
+
+/// What staging has been doing for one volume.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StagingState {
+    /// Whether blocks are being copied.
+    pub running: bool,
+    /// The burst staged for last.
+    pub staged_for: Option<UnixNanos>,
+    /// Not before this, after a failure.
+    pub not_before: Option<UnixNanos>,
+    /// Failures in a row.
+    pub failures: u32,
+}
+
+/// Whether to begin staging at `now` for `burst`, and why.
+pub fn should_start(
+    state: &StagingState,
+    burst: &ExpectedBurst,
+    in_burst: bool,
+    config: &PlannerConfig,
+    now: UnixNanos,
+) -> Option<String> {
+    let staging = &config.staging;
+    if !staging.enabled || state.running || in_burst || burst.probability < staging.alarm {
+        return None;
+    }
+    if state.not_before.is_some_and(|at| now < at) {
+        return None;
+    }
+    // The same burst, seen again: its expected time moves a little from forecast to forecast.
+    let slack = config.scale.bin_nanos() * (config.burst.quiet_bins as i64 + 1);
+    if state
+        .staged_for
+        .is_some_and(|at| now < at || (burst.at - at).abs() <= slack)
+    {
+        return None;
+    }
+    let copy = staging.budget_bytes as f64 / staging.rate.max(1.0) * 1e9;
+    let lead = nanos(config.scale.bin()).saturating_add(copy as i64);
+    if now < burst.at.saturating_sub(lead) {
+        return None;
+    }
+    Some(format!(
+        "{}; it begins in {}, copying takes up to {}",
+        burst.reason,
+        Span(burst.at - now),
+        Span(copy as i64)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Member, TimeScale};
+    use std::time::Duration;
+
+    const S: i64 = 1_000_000_000;
+
+    fn config() -> PlannerConfig {
+        let mut c = PlannerConfig::new(TimeScale::new(Duration::from_secs(10), 24).unwrap());
+        c.staging.rate = 1e6;
+        c.staging.budget_bytes = 20_000_000;
+        c
+    }
+
+    fn forecast(onset: &[f32]) -> QuantileForecast {
+        QuantileForecast {
+            issued_at: 0,
+            bin: Duration::from_secs(10),
+            rows: vec![[1.0; 6]; onset.len()],
+            onset: onset.to_vec(),
+            burst_threshold: 100.0,
+            member: Member::Ewma,
+        }
+    }
+
+    #[test]
+    fn staging_begins_in_time_to_copy_and_not_earlier() {
+        let c = config();
+        let mut onset = vec![0.0; 20];
+        onset[10] = 0.8;
+        let f = forecast(&onset);
+        let burst = next_burst(Some(&f), &[], &c, 0).unwrap();
+        assert_eq!(burst.at, 100 * S);
+        let state = StagingState::default();
+        assert!(should_start(&state, &burst, false, &c, 60 * S).is_none());
+        let reason = should_start(&state, &burst, false, &c, 70 * S).unwrap();
+        assert!(reason.contains("20.0 s"), "{reason}");
+        assert!(should_start(&state, &burst, true, &c, 70 * S).is_none());
+    }
+
+    #[test]
+    fn a_burst_is_staged_for_once() {
+        let c = config();
+        let burst = ExpectedBurst {
+            at: 110 * S,
+            probability: 0.9,
+            reason: String::new(),
+        };
+        let state = StagingState {
+            staged_for: Some(100 * S),
+            ..StagingState::default()
+        };
+        assert!(should_start(&state, &burst, false, &c, 95 * S).is_none());
+        assert!(should_start(&state, &burst, false, &c, 105 * S).is_none());
+        let later = ExpectedBurst {
+            at: 300 * S,
+            ..burst
+        };
+        assert!(should_start(&state, &later, false, &c, 280 * S).is_some());
+    }
+
+    #[test]
+    fn a_rising_median_and_an_announcement_count_too() {
+        let c = config();
+        let mut f = forecast(&[0.0; 20]);
+        f.rows[5][Q50] = 200.0;
+        assert_eq!(next_burst(Some(&f), &[], &c, 0).unwrap().at, 50 * S);
+        assert_eq!(next_burst(Some(&f), &[30 * S], &c, 0).unwrap().at, 30 * S);
+        assert_eq!(next_burst(None, &[30 * S], &c, 0).unwrap().at, 30 * S);
+        assert!(next_burst(None, &[30 * S], &c, 40 * S).is_none());
+    }
+}

@@ -1,1 +1,0 @@
-//! Wires the agent: the only place that builds concrete parts.

@@ -1,0 +1,455 @@
+//! The agent's parts, and the rules by which they are kept together.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use soe_common::record::DiskStats;
+use tokio::sync::{broadcast, oneshot};
+
+use super::ServiceError;
+use super::state::{Group, State, boot_id};
+use crate::api::engine::EngineError;
+use crate::api::types::{Decision, LayerInfo, WatchEvent, WatchItem};
+use crate::capture::guard::marker;
+use crate::capture::mounts::ProtectedPath;
+use crate::capture::{FreezeGuard, PathSettling};
+use crate::config::{Bandwidth, Compression, Config};
+use crate::history::{HistoryStore, Retention, StoreConfig};
+use crate::io::{PacedBy, SystemClock};
+use crate::layer::fs::DirFs;
+use crate::layer::{LayerStore, StoreOptions};
+use crate::metrics::Metrics;
+use crate::model::mixture::{Mixture, MixtureConfig};
+use crate::model::{Forecaster, LoadBin, TimeScale, Trained};
+use crate::observe::disk::{DiskTrack, SliceMap};
+use crate::observe::tracker::{Start, Tracker, TrackerOptions};
+use crate::observe::volumes::{self, Volume};
+use crate::plan::{Brain, PlannerConfig};
+use crate::seam::{ChangeMap, Clock, GenerationEnd, UnixNanos};
+use crate::stage::area::StageArea;
+use crate::stage::score::{HeatMap, ScoreConfig};
+use crate::window::{Name, VolumeWindow};
+
+/// How long after the last failed write a path is trusted again: longer than drivers retry.
+const PATH_SETTLES_AFTER: Duration = Duration::from_secs(60);
+/// Where no limit is configured: what the latency guard takes for full speed.
+const FASTEST: u64 = 2 << 30;
+/// Items a slow watcher may be behind.
+const WATCH_BACKLOG: usize = 1024;
+
+/// The planner and the forecasters: one owner of all decision state.
+pub(super) struct Mind {
+    pub(super) brain: Brain,
+    pub(super) mixture: Mixture,
+}
+
+/// What the sampler keeps of one volume between two windows.
+pub(super) struct Sampling {
+    /// The totals at the end of the last window, and when that was.
+    pub(super) last: Option<(UnixNanos, Vec<DiskStats>)>,
+    /// The bin being filled: its index and what is in it.
+    pub(super) bin: Option<(i64, LoadBin)>,
+    /// Heat totals at the last heat interval.
+    pub(super) heat: BTreeMap<u64, (u32, u32)>,
+    /// The newest window.
+    pub(super) window: Option<VolumeWindow>,
+}
+
+/// One volume of a group.
+pub(super) struct Entry {
+    pub(super) name: String,
+    pub(super) volume: Volume,
+    pub(super) map: SliceMap,
+    pub(super) track: Arc<DiskTrack>,
+    pub(super) pace: Arc<PacedBy<SystemClock>>,
+    /// Why the present generation began.
+    pub(super) reason: Mutex<GenerationEnd>,
+    pub(super) settling: Mutex<PathSettling>,
+    pub(super) sampling: Mutex<Sampling>,
+    pub(super) heat: Mutex<HeatMap>,
+    pub(super) staging: AtomicBool,
+    pub(super) last_decision: Mutex<Option<Decision>>,
+}
+
+type Waiter = oneshot::Sender<Result<Vec<LayerInfo>, EngineError>>;
+
+/// The running agent.
+pub struct Agent {
+    pub(super) config: Config,
+    pub(super) scale: TimeScale,
+    pub(super) clock: Arc<SystemClock>,
+    pub(super) tracker: Tracker,
+    pub(super) store: LayerStore,
+    pub(super) history: HistoryStore,
+    pub(super) guard: Mutex<Option<Arc<FreezeGuard>>>,
+    pub(super) area: Option<StageArea>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) mind: Mutex<Mind>,
+    pub(super) state: Mutex<State>,
+    pub(super) entries: Mutex<BTreeMap<String, Arc<Entry>>>,
+    pub(super) waiters: Mutex<BTreeMap<String, Vec<Waiter>>>,
+    pub(super) errors: Mutex<BTreeMap<String, String>>,
+    pub(super) watch: broadcast::Sender<WatchItem>,
+    pub(super) stopping: AtomicBool,
+    pub(super) ready: AtomicBool,
+    /// Held by the capture that is under way.
+    pub(super) capture_turn: Mutex<()>,
+    /// Whether a volume is being recorded.
+    pub(super) recording: Mutex<bool>,
+    /// Jobs on threads of their own, joined at the end.
+    pub(super) jobs: Mutex<Vec<std::thread::JoinHandle<()>>>,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Agent {
+    /// Opens every part. The order matters: the lock of the state folder first, tracking before
+    /// anything that takes long.
+    pub fn open(config: Config, metrics: Arc<Metrics>) -> Result<Self, ServiceError> {
+        let state_dir = config.state_dir();
+        let marker = PathBuf::from("/dev/shm").join(format!(
+            "soe-frozen-{}",
+            blake3::hash(state_dir.as_os_str().as_encoded_bytes()).to_hex().get(..12).unwrap_or("0")
+        ));
+        match marker::thaw_left_frozen(&marker) {
+            Ok(thawed) => {
+                for mount in thawed {
+                    tracing::error!(mount = %mount.display(), "thawed: a former agent and its guard were killed while it was frozen");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "cannot tell whether a former agent left anything frozen"),
+        }
+        let state = State::load(&state_dir.join("state.json"))?;
+        let bins = config.season_bins().map_err(|reason| ServiceError::Model { reason })?;
+        let scale = TimeScale::new(config.model.bin, bins).map_err(|e| ServiceError::Model { reason: e.to_string() })?;
+        let tracker = Tracker::open(TrackerOptions {
+            pin_root: pin_root(),
+            max_stamp_bytes: config.tracking.memory,
+            min_block: u32::try_from(config.tracking.block_size).unwrap_or(64 << 10),
+            ..TrackerOptions::default()
+        })?;
+        tracing::info!(start = ?tracker.start(), "kernel programs are attached");
+        let compression = match config.store.compression {
+            Compression::None => crate::layer::Compression::Raw,
+            Compression::Zstd(1) => crate::layer::Compression::Zstd1,
+            Compression::Zstd(level) => {
+                return Err(ServiceError::Compression { level });
+            }
+        };
+        let fs = DirFs::create(&config.store_dir())
+            .map_err(|source| ServiceError::Folder { path: config.store_dir(), source })?;
+        let store = LayerStore::open(Arc::new(fs), StoreOptions { compression, ..StoreOptions::default() })?;
+        let history = HistoryStore::open(StoreConfig {
+            retention: Retention {
+                max_age: Some(config.history.retention),
+                max_bytes: Some(config.history.max_size),
+                min_free_bytes: Some(config.history.min_free),
+            },
+            ..StoreConfig::new(config.history_dir())
+        })?;
+        let area = match &config.staging.path {
+            Some(path) => Some(StageArea::open(path, config.staging.budget)?),
+            None => None,
+        };
+        let guard = spawn_guard(&marker)?;
+        let mut mixture = Mixture::new(MixtureConfig::new(scale));
+        let weights = state_dir.join("model.soe");
+        if weights.exists() {
+            match Trained::load(&weights).and_then(|trained| mixture.restore(&trained)) {
+                Ok(()) => tracing::info!("the network that served before serves again"),
+                Err(error) => tracing::warn!(%error, "the trained network is not used; the baselines forecast until the next training"),
+            }
+        }
+        let mut planner = PlannerConfig::new(scale);
+        planner.tick = config.plan.tick;
+        planner.baseline_every = config.plan.baseline_every;
+        planner.train_every = config.model.train_every;
+        planner.train_after = config.model.train_after;
+        planner.earliest_share = config.plan.earliest;
+        planner.idle = config.plan.idle as f64;
+        planner.staging.enabled = area.is_some();
+        planner.staging.alarm = config.plan.stage_above;
+        planner.staging.budget_bytes = config.staging.budget;
+        let (watch, _) = broadcast::channel(WATCH_BACKLOG);
+        let agent = Self {
+            scale,
+            clock: Arc::new(SystemClock),
+            tracker,
+            store,
+            history,
+            guard: Mutex::new(Some(Arc::new(guard))),
+            area,
+            metrics,
+            mind: Mutex::new(Mind { brain: Brain::new(planner), mixture }),
+            state: Mutex::new(state),
+            entries: Mutex::default(),
+            waiters: Mutex::default(),
+            errors: Mutex::default(),
+            watch,
+            stopping: AtomicBool::new(false),
+            ready: AtomicBool::new(false),
+            capture_turn: Mutex::new(()),
+            recording: Mutex::new(false),
+            jobs: Mutex::default(),
+            config,
+        };
+        agent.adopt_groups();
+        agent.prime();
+        agent.ready.store(true, Ordering::SeqCst);
+        Ok(agent)
+    }
+
+    /// Goes on with the groups of before. A volume that is not there now is reported and tried again
+    /// with every sampling.
+    fn adopt_groups(&self) {
+        let groups: Vec<Group> = lock(&self.state).groups.values().cloned().collect();
+        let mut keep = Vec::new();
+        for group in &groups {
+            for name in &group.volumes {
+                match self.adopt_volume(name) {
+                    Ok(entry) => keep.push(entry.volume.disk.diskseq),
+                    Err(error) => {
+                        tracing::error!(group = group.name, volume = name, %error, "the volume cannot be tracked now");
+                        lock(&self.errors).insert(group.name.clone(), error.to_string());
+                    }
+                }
+            }
+            self.tell_brain_of(group);
+        }
+        if let Err(error) = self.tracker.retain(|diskseq| keep.contains(&diskseq)) {
+            tracing::warn!(%error, "disks that no group needs are still tracked");
+        }
+    }
+
+    /// Begins (or goes on) tracking a volume.
+    pub(super) fn adopt_volume(&self, name: &str) -> Result<Arc<Entry>, ServiceError> {
+        if let Some(entry) = lock(&self.entries).get(name) {
+            return Ok(entry.clone());
+        }
+        let volume = volumes::resolve(std::path::Path::new(name))?;
+        let (track, began) = self.tracker.track(&volume.disk)?;
+        let map = SliceMap::new(track.clone(), name, volume.start, volume.end)?;
+        let rate = self.ceiling();
+        // Why a generation began while nobody looked, if one did: the newest layer knows the old one.
+        let reason = match began {
+            Some(GenerationEnd::Resize) => GenerationEnd::Resize,
+            Some(_) if lock(&self.state).boot_id.is_empty() => GenerationEnd::First,
+            Some(_) if lock(&self.state).boot_id != boot_id() => GenerationEnd::GapBoot,
+            Some(_) => GenerationEnd::GapMiss,
+            None => GenerationEnd::First,
+        };
+        let region = soe_common::SECTOR_SIZE << track.geometry().region_shift;
+        let entry = Arc::new(Entry {
+            name: name.to_string(),
+            pace: Arc::new(PacedBy::new(SystemClock, rate)),
+            reason: Mutex::new(reason),
+            settling: Mutex::new(PathSettling::new(PATH_SETTLES_AFTER, 0)),
+            sampling: Mutex::new(Sampling { last: None, bin: None, heat: BTreeMap::new(), window: None }),
+            heat: Mutex::new(HeatMap::new(ScoreConfig {
+                unit_bytes: u32::try_from(region).unwrap_or(1 << 20),
+                half_life: self.scale.season(),
+                ..ScoreConfig::default()
+            })),
+            staging: AtomicBool::new(false),
+            last_decision: Mutex::new(None),
+            volume,
+            map,
+            track,
+        });
+        lock(&self.entries).insert(name.to_string(), entry.clone());
+        Ok(entry)
+    }
+
+    /// Bytes a second that background reads of one volume may take at most.
+    pub(super) fn ceiling(&self) -> u64 {
+        match self.config.limits.capture_bandwidth {
+            Bandwidth::Auto => FASTEST,
+            Bandwidth::BytesPerSecond(rate) => rate,
+        }
+    }
+
+    /// Tells the brain of a group, with what its layers say of the time before.
+    pub(super) fn tell_brain_of(&self, group: &Group) {
+        let manifests = self.store.manifests(&group.name).unwrap_or_default();
+        let last_capture = manifests.last().map(|m| m.cut_at);
+        let last_baseline = manifests
+            .iter()
+            .rev()
+            .find(|m| m.volumes.iter().all(|v| v.kind == crate::layer::LayerKind::Baseline))
+            .map(|m| m.cut_at);
+        let event = crate::plan::Event::GroupCreated { spec: self.plan_spec(group), last_capture, last_baseline };
+        // Nothing is decided here; the next tick does.
+        let _ = lock(&self.mind).brain.apply(event, self.clock.now());
+    }
+
+    /// A group in the planner's words, with the configured defaults filled in.
+    pub(super) fn plan_spec(&self, group: &Group) -> crate::plan::GroupSpec {
+        use crate::api::types::Criticality;
+        crate::plan::GroupSpec {
+            name: group.name.as_str().into(),
+            volumes: group.volumes.iter().map(|v| v.as_str().into()).collect(),
+            prediction_enabled: group.prediction_enabled,
+            rpo: self.rpo(group),
+            max_pause: self.max_pause(group),
+            p99_target: group.p99_target_us.map(Duration::from_micros),
+            app: group.app.clone(),
+            criticality: match group.criticality {
+                Criticality::Low => crate::plan::Criticality::Low,
+                Criticality::Normal => crate::plan::Criticality::Normal,
+                Criticality::High => crate::plan::Criticality::High,
+            },
+        }
+    }
+
+    pub(super) fn rpo(&self, group: &Group) -> Duration {
+        group.rpo_s.map_or(self.config.plan.rpo, Duration::from_secs)
+    }
+
+    pub(super) fn max_pause(&self, group: &Group) -> Duration {
+        group.max_pause_us.map_or(self.config.plan.max_pause, Duration::from_micros)
+    }
+
+    /// Feeds the forecasters with the history of before, as far back as they remember.
+    fn prime(&self) {
+        let names: Vec<String> = lock(&self.entries).keys().cloned().collect();
+        if names.is_empty() {
+            return;
+        }
+        let reader = match crate::history::HistoryReader::open(self.history.dir()) {
+            Ok(reader) => reader,
+            Err(error) => return tracing::warn!(%error, "forecasts begin without history"),
+        };
+        let now = self.clock.now();
+        let bin = self.scale.bin_nanos();
+        let span = i64::try_from(self.scale.season().as_nanos()).unwrap_or(i64::MAX / 16).saturating_mul(8);
+        let end = crate::window::floor_to(now, bin);
+        let start = crate::window::floor_to(now.saturating_sub(span), bin);
+        let query = crate::history::Query::range(start..end).volumes(names).skip_damage();
+        let (series, skipped) = match reader.load_bins(&query, bin) {
+            Ok(read) => read,
+            Err(error) => return tracing::warn!(%error, "forecasts begin without history"),
+        };
+        for error in skipped {
+            tracing::warn!(%error, "a file of the history is left out");
+        }
+        let mut mind = lock(&self.mind);
+        for (name, series) in series {
+            let volume = crate::model::VolumeName::from(&*name);
+            for (index, load) in series.bins.iter().enumerate() {
+                let start = series.start_of(index);
+                let load = load.as_ref().and_then(|bin| {
+                    Some(LoadBin {
+                        read_bytes: bin.read_bytes?,
+                        write_bytes: bin.write_bytes?,
+                        read_ops: bin.read_ops?,
+                        write_ops: bin.write_ops?,
+                    })
+                });
+                if mind.mixture.observe(&volume, start, load).is_ok() {
+                    let event = crate::plan::Event::WindowClosed { volume: volume.clone(), start, load };
+                    let _ = mind.brain.apply(event, start + bin);
+                }
+            }
+        }
+    }
+
+    /// Paths that must never lie on a filesystem that is frozen.
+    pub(super) fn protected(&self) -> Vec<ProtectedPath> {
+        let mut paths = vec![
+            ProtectedPath { path: self.config.state_dir(), role: "the agent's state".into() },
+            ProtectedPath { path: self.config.store_dir(), role: "the layer store".into() },
+            ProtectedPath { path: self.config.history_dir(), role: "the history".into() },
+        ];
+        if let Some(path) = &self.config.staging.path {
+            paths.push(ProtectedPath { path: path.clone(), role: "the staging area".into() });
+        }
+        paths
+    }
+
+    /// Keeps a change of the groups.
+    pub(super) fn save_state(&self) -> Result<(), ServiceError> {
+        let state = lock(&self.state).clone();
+        Ok(state.save(&self.config.state_dir().join("state.json"))?)
+    }
+
+    pub(super) fn entry(&self, name: &str) -> Option<Arc<Entry>> {
+        lock(&self.entries).get(name).cloned()
+    }
+
+    pub(super) fn tell(&self, event: WatchEvent) {
+        // No watcher is no error.
+        let _ = self.watch.send(WatchItem { at: self.clock.now(), event });
+    }
+
+    pub(super) fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// The freeze guard, started again when it has ended.
+    pub(super) fn guard(&self) -> Option<Arc<FreezeGuard>> {
+        lock(&self.guard).clone()
+    }
+
+    /// How tracking began.
+    pub fn start(&self) -> Start {
+        self.tracker.start()
+    }
+
+    /// Host name for the history.
+    pub(super) fn host(&self) -> Name {
+        self.config.host_name().into()
+    }
+
+    /// Ends background work, writes out the history, and saves which boot this was.
+    pub fn close(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        for entry in lock(&self.entries).values() {
+            entry.pace.cancel();
+        }
+        let jobs = std::mem::take(&mut *lock(&self.jobs));
+        for job in jobs {
+            if job.join().is_err() {
+                tracing::error!("a background job ended by a panic");
+            }
+        }
+        if let Err(error) = self.history.flush() {
+            tracing::error!(%error, "the last rows of the history could not be written");
+        }
+        if let Err(error) = self.save_state() {
+            tracing::error!(%error, "the state could not be saved");
+        }
+        // The guard ends with its socket.
+        lock(&self.guard).take();
+    }
+
+    /// Ends the present generation of a volume: its next layer is a rescan.
+    pub(super) fn end_generation(&self, entry: &Entry, reason: GenerationEnd) -> Result<(), ServiceError> {
+        entry.track.begin_generation()?;
+        *lock(&entry.reason) = reason;
+        self.metrics.rescans.with([entry.name.as_str(), &reason.to_string()]).inc();
+        tracing::warn!(volume = entry.name, %reason, "the change map's generation ended; the next layer reads everything");
+        self.tell(WatchEvent::Tracking {
+            volume: entry.name.clone(),
+            tracking: entry.map.tracking().into(),
+            reason: Some(reason),
+        });
+        Ok(())
+    }
+}
+
+/// Folder of the pins; tests and second agents on one host choose another.
+fn pin_root() -> PathBuf {
+    std::env::var_os("SOE_PIN_ROOT").map_or_else(|| crate::observe::tracker::DEFAULT_PIN_ROOT.into(), PathBuf::from)
+}
+
+fn spawn_guard(marker: &std::path::Path) -> Result<FreezeGuard, ServiceError> {
+    let binary = std::env::current_exe().map_err(|source| ServiceError::Folder { path: "/proc/self/exe".into(), source })?;
+    let mut command = std::process::Command::new(binary);
+    command.arg("freeze-guard");
+    Ok(FreezeGuard::spawn(command, Some(marker.to_path_buf()))?)
+}

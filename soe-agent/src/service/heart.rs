@@ -1,0 +1,495 @@
+//! The heartbeat: samples the volumes, closes windows and bins, lets the brain decide, carries out
+//! its commands.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use soe_common::record::{CgroupKey, CgroupStats};
+
+use super::agent::{Agent, Entry, lock};
+use super::sampler::{WindowOf, window};
+use crate::api::types::{self, LoadSample, WatchEvent};
+use crate::io::{ReadOptions, VolumeSpec, open_reader};
+use crate::model::{Forecaster, LoadBin, QuantileForecast, SHORT_HORIZON, VolumeName};
+use crate::observe::cgroups;
+use crate::plan::{Command, Event};
+use crate::seam::{ByteRange, ChangeMap, Clock, UnixNanos};
+use crate::window::{AppStatsRow, DecisionRow, ForecastRow, RegionHeatRow, StagingRow, VolumeWindow, floor_to};
+
+/// Between two rounds of compaction and retention.
+const MAINTAIN_EVERY: Duration = Duration::from_secs(300);
+/// Bins of a forecast that are kept in the history.
+const KEPT_BINS: usize = SHORT_HORIZON;
+
+fn nanos(duration: Duration) -> i64 {
+    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Runs until the agent stops.
+pub(super) fn beat(agent: &Arc<Agent>) {
+    let clock = agent.clock.clone();
+    let (mut ticked, mut maintained) = (clock.monotonic(), clock.monotonic());
+    let mut heat_at = clock.monotonic();
+    let mut sampled = clock.monotonic();
+    let mut apps = HashMap::new();
+    while !agent.stopping() {
+        let next = (sampled + agent.config.history.interval).min(ticked + agent.config.plan.tick);
+        let now = clock.monotonic();
+        if now < next {
+            clock.sleep((next - now).min(Duration::from_millis(100)));
+            continue;
+        }
+        if now >= sampled + agent.config.history.interval {
+            // A beat that came late makes one longer window, not several short ones.
+            sampled = now;
+            let heat = now >= heat_at + agent.config.history.region_interval;
+            if heat {
+                heat_at = now;
+            }
+            for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
+                sample(agent, &entry, heat);
+            }
+            if heat {
+                sample_apps(agent, &mut apps);
+            }
+            if let Err(error) = agent.history.tick() {
+                tracing::warn!(%error, "the history could not be written; its rows wait in memory");
+            }
+        }
+        if now >= ticked + agent.config.plan.tick {
+            ticked = now;
+            agent.apply(Event::Tick);
+        }
+        if now >= maintained + MAINTAIN_EVERY {
+            maintained = now;
+            match agent.history.maintain(clock.now()) {
+                Ok(done) => done.skipped.iter().for_each(|error| tracing::warn!(%error, "the history was repaired")),
+                Err(error) => tracing::warn!(%error, "the history could not be maintained"),
+            }
+        }
+        lock(&agent.jobs).retain(|job| !job.is_finished());
+    }
+}
+
+/// Closes the window of one volume.
+fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
+    let now = agent.clock.now();
+    let stats = match entry.track.stats() {
+        Ok(stats) => stats,
+        Err(error) => return tracing::warn!(volume = entry.name, %error, "no statistics"),
+    };
+    entry.track.next_window(heat);
+    let mut sampling = lock(&entry.sampling);
+    let Some((since, before)) = sampling.last.replace((now, stats.clone())) else {
+        return;
+    };
+    // A clock that stepped back makes a window of the configured length at the new time.
+    let interval = if now > since { now - since } else { nanos(agent.config.history.interval) };
+    let of = WindowOf {
+        start: now - interval,
+        interval,
+        host: agent.host(),
+        volume: entry.name.as_str().into(),
+        device_id: entry.volume.device_id.as_str().into(),
+    };
+    let window = window(of, &before, &stats);
+    sampling.window = Some(window.clone());
+    let closed = fill_bin(agent, &mut sampling.bin, &window);
+    let heat_rows = if heat { heat_rows(agent, entry, &mut sampling.heat, now) } else { Vec::new() };
+    drop(sampling);
+    publish(agent, entry, &window);
+    if let Err(error) = agent.history.append(std::slice::from_ref(&window)).and_then(|()| agent.history.append(&heat_rows)) {
+        tracing::warn!(%error, "the history could not be written; its rows wait in memory");
+    }
+    let name = VolumeName::from(entry.name.as_str());
+    let bytes = window.read.bytes.unwrap_or(0) + window.write.bytes.unwrap_or(0);
+    agent.apply(Event::LoadSampled {
+        volume: name.clone(),
+        bytes_per_second: bytes as f64 / (interval as f64 / 1e9),
+    });
+    for (start, load) in closed {
+        let observed = lock(&agent.mind).mixture.observe(&name, start, load);
+        match observed {
+            Ok(()) => agent.apply(Event::WindowClosed { volume: name.clone(), start, load }),
+            Err(error) => tracing::warn!(volume = entry.name, %error, "a bin was not used for forecasts"),
+        }
+    }
+}
+
+/// Adds a window to the bin of its start, and returns the bins that ended; bins in which nothing was
+/// sampled are unknown.
+fn fill_bin(
+    agent: &Agent,
+    bin: &mut Option<(i64, LoadBin)>,
+    window: &VolumeWindow,
+) -> Vec<(UnixNanos, Option<LoadBin>)> {
+    let index = agent.scale.index_of(window.start);
+    let mut closed = Vec::new();
+    if let Some((filling, load)) = bin.take_if(|(filling, _)| *filling != index) {
+        closed.push((agent.scale.start_of(filling), Some(load)));
+        for missing in (filling + 1..index).take(agent.scale.week_bins()) {
+            closed.push((agent.scale.start_of(missing), None));
+        }
+    }
+    let (_, load) = bin.get_or_insert((index, LoadBin::default()));
+    let add = |to: &mut f64, value: Option<u64>| *to += value.unwrap_or(0) as f64;
+    add(&mut load.read_bytes, window.read.bytes);
+    add(&mut load.write_bytes, window.write.bytes);
+    add(&mut load.read_ops, window.read.ops);
+    add(&mut load.write_ops, window.write.ops);
+    closed
+}
+
+fn heat_rows(
+    agent: &Agent,
+    entry: &Entry,
+    before: &mut std::collections::BTreeMap<u64, (u32, u32)>,
+    now: UnixNanos,
+) -> Vec<RegionHeatRow> {
+    let interval = nanos(agent.config.history.region_interval);
+    let region_bytes = soe_common::SECTOR_SIZE << entry.track.geometry().region_shift;
+    let first = entry.volume.start * soe_common::SECTOR_SIZE / region_bytes;
+    let end = entry.volume.end * soe_common::SECTOR_SIZE;
+    let mut rows = Vec::new();
+    let mut map = lock(&entry.heat);
+    for (region, heat) in entry.track.heat() {
+        if region < first || region * region_bytes >= end {
+            continue;
+        }
+        let old = before.insert(region, (heat.reads, heat.writes)).unwrap_or_default();
+        let (reads, writes) = (heat.reads.wrapping_sub(old.0), heat.writes.wrapping_sub(old.1));
+        if reads == 0 && writes == 0 {
+            continue;
+        }
+        map.record_unit(now, region - first, f64::from(reads), f64::from(writes));
+        rows.push(RegionHeatRow {
+            ts: floor_to(now - interval, nanos(agent.config.history.interval)),
+            interval,
+            volume: entry.name.as_str().into(),
+            region: (region - first) * (region_bytes >> 20),
+            read_ops: u64::from(reads),
+            write_ops: u64::from(writes),
+        });
+    }
+    rows
+}
+
+/// What every control group did since the last time: rows of `app_stats`.
+fn sample_apps(agent: &Agent, before: &mut HashMap<CgroupKey, CgroupStats>) {
+    let counts = match agent.tracker.cgroups() {
+        Ok(counts) => counts,
+        Err(error) => return tracing::warn!(%error, "no statistics by control group"),
+    };
+    let names = cgroups::paths();
+    let entries: Vec<Arc<Entry>> = lock(&agent.entries).values().cloned().collect();
+    let interval = nanos(agent.config.history.region_interval);
+    let ts = agent.clock.now() - interval;
+    let mut rows = Vec::new();
+    for (key, now) in &counts {
+        // A cgroup that was evicted from the map begins at zero again.
+        let old = before.get(key).filter(|old| old.read_ops <= now.read_ops && old.write_ops <= now.write_ops);
+        let old = old.copied().unwrap_or_default();
+        if now == &old {
+            continue;
+        }
+        let path = names.get(&key.cgroup).cloned().unwrap_or_else(|| key.cgroup.to_string());
+        let app = agent.config.host.app.iter().find(|app| {
+            path == app.cgroup || path.starts_with(&format!("{}/", app.cgroup.trim_end_matches('/')))
+        });
+        for entry in entries.iter().filter(|entry| entry.track.slot() == key.slot) {
+            rows.push(AppStatsRow {
+                ts,
+                interval,
+                volume: entry.name.as_str().into(),
+                cgroup: path.as_str().into(),
+                app: app.map(|app| app.kind.as_str().into()),
+                unit: cgroups::unit_of(&path).map(Into::into),
+                container: cgroups::container_of(&path).map(Into::into),
+                read_ops: now.read_ops - old.read_ops,
+                write_ops: now.write_ops - old.write_ops,
+                read_bytes: now.read_bytes.saturating_sub(old.read_bytes),
+                write_bytes: now.write_bytes.saturating_sub(old.write_bytes),
+            });
+        }
+    }
+    *before = counts.into_iter().collect();
+    if let Err(error) = agent.history.append(&rows) {
+        tracing::warn!(%error, "the history could not be written; its rows wait in memory");
+    }
+}
+
+/// Metrics and watchers.
+fn publish(agent: &Agent, entry: &Entry, window: &VolumeWindow) {
+    let name = entry.name.as_str();
+    let metrics = &agent.metrics;
+    for (op, count) in [
+        ("read", window.read.ops),
+        ("write", window.write.ops),
+        ("discard", window.discard_ops),
+        ("flush", window.flush_ops),
+    ] {
+        metrics.volume_operations.with([name, op]).inc_by(count.unwrap_or(0));
+    }
+    for (op, bytes) in [("read", window.read.bytes), ("write", window.write.bytes), ("discard", window.discard_bytes)] {
+        metrics.volume_bytes.with([name, op]).inc_by(bytes.unwrap_or(0));
+    }
+    let p99 = |latency: &Option<crate::window::LatencySummary>| latency.as_ref().map(|l| l.p99);
+    for (op, latency) in [("read", &window.read.latency), ("write", &window.write.latency)] {
+        if let Some(latency) = latency {
+            for (quantile, ns) in [("0.5", latency.p50), ("0.9", latency.p90), ("0.99", latency.p99), ("0.999", latency.p999)] {
+                metrics.volume_latency.set([name, op, quantile], ns as f64 / 1e9);
+            }
+        }
+    }
+    metrics.volume_queue_depth.set([name], window.queue_depth.map_or(0.0, |q| q.mean));
+    let complete = matches!(entry.map.tracking(), crate::seam::Tracking::Complete);
+    metrics.tracking_complete.set([name], if complete { 1.0 } else { 0.0 });
+    agent.tell(WatchEvent::Load(LoadSample {
+        volume: entry.name.clone(),
+        interval_ms: u64::try_from(window.interval / 1_000_000).unwrap_or(0),
+        read_ops: window.read.ops.unwrap_or(0),
+        write_ops: window.write.ops.unwrap_or(0),
+        read_bytes: window.read.bytes.unwrap_or(0),
+        write_bytes: window.write.bytes.unwrap_or(0),
+        p99_latency_us: p99(&window.read.latency).max(p99(&window.write.latency)).map(|ns| ns / 1000),
+    }));
+}
+
+impl Agent {
+    /// Tells the brain what happened and carries out what it answers.
+    pub(super) fn apply(self: &Arc<Self>, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let commands = lock(&self.mind).brain.apply(event, self.clock.now());
+            for command in commands {
+                if let Some(event) = self.carry_out(command) {
+                    events.push_back(event);
+                }
+            }
+        }
+    }
+
+    /// Carries out a command; what is known at once is returned as an event.
+    fn carry_out(self: &Arc<Self>, command: Command) -> Option<Event> {
+        match command {
+            Command::StartCapture { group, kind, hints, reason } => {
+                tracing::info!(group = %group, ?kind, reason, "capture");
+                let agent = self.clone();
+                self.job("capture", move || agent.run_capture(&group, kind, hints));
+            }
+            Command::RefuseCapture { group, reason } => {
+                let error = crate::api::engine::EngineError::new(
+                    crate::api::engine::ErrorKind::Conflict,
+                    format!("capture of {group}: {reason}"),
+                );
+                for waiter in lock(&self.waiters).remove(group.as_str()).unwrap_or_default() {
+                    let _ = waiter.send(Err(error.clone()));
+                }
+            }
+            Command::StartStaging { volume, before, budget_bytes, reason } => {
+                tracing::info!(volume = %volume, before, budget_bytes, reason, "staging");
+                let agent = self.clone();
+                self.job("staging", move || {
+                    let outcome = agent.stage(&volume, budget_bytes).map_err(|error| error.to_string());
+                    agent.apply(Event::StagingFinished { volume, outcome });
+                });
+            }
+            Command::CancelStaging { volume, reason } => {
+                tracing::info!(volume = %volume, reason, "staging cancelled");
+                if let Some(entry) = self.entry(&volume) {
+                    entry.staging.store(false, Ordering::SeqCst);
+                }
+            }
+            Command::Forecast { volume, horizon } => {
+                let forecast = lock(&self.mind).mixture.forecast(&volume, horizon)?;
+                self.keep_forecast(&volume, &forecast);
+                return Some(Event::ForecastReady { volume, forecast: Arc::new(forecast) });
+            }
+            Command::Train { reason } => {
+                tracing::info!(reason, "training");
+                let agent = self.clone();
+                self.job("training", move || {
+                    let outcome = agent.train();
+                    match &outcome {
+                        Ok(reason) => tracing::info!(reason, "training ended"),
+                        Err(reason) => tracing::warn!(reason, "training failed"),
+                    }
+                    agent.apply(Event::TrainingFinished { outcome });
+                });
+            }
+            Command::RecordDecision(decision) => self.keep_decision(decision),
+        }
+        None
+    }
+
+    fn job(&self, name: &str, work: impl FnOnce() + Send + 'static) {
+        match std::thread::Builder::new().name(format!("soe-{name}")).spawn(work) {
+            Ok(job) => lock(&self.jobs).push(job),
+            Err(error) => tracing::error!(job = name, %error, "no thread for a job"),
+        }
+    }
+
+    fn keep_forecast(&self, volume: &VolumeName, forecast: &QuantileForecast) {
+        let bin = nanos(forecast.bin);
+        let member = format!("{}", forecast.member);
+        self.metrics.forecasts.with([member.as_str()]).inc();
+        self.metrics.burst_probability.set([volume.as_str()], forecast.burst_probability());
+        if let Some(row) = forecast.rows.first() {
+            for (quantile, index) in [("0.1", 0), ("0.5", 1), ("0.9", 3)] {
+                self.metrics.predicted_load.set([volume.as_str(), quantile], f64::from(row[index]));
+            }
+        }
+        let rows: Vec<ForecastRow> = forecast
+            .rows
+            .iter()
+            .take(KEPT_BINS)
+            .enumerate()
+            .map(|(index, row)| ForecastRow {
+                issued: forecast.issued_at,
+                volume: volume.as_str().into(),
+                target_start: forecast.start_of(index),
+                target_end: forecast.start_of(index).saturating_add(bin),
+                metric: "bytes_per_second".into(),
+                q10: f64::from(row[0]),
+                q50: f64::from(row[1]),
+                q80: f64::from(row[2]),
+                q90: f64::from(row[3]),
+                q95: f64::from(row[4]),
+                q99: f64::from(row[5]),
+                burst_probability: forecast.onset.get(index).map(|p| f64::from(*p)),
+                member: member.as_str().into(),
+            })
+            .collect();
+        if let Err(error) = self.history.append(&rows) {
+            tracing::warn!(%error, "forecasts could not be kept");
+        }
+    }
+
+    fn keep_decision(&self, decision: crate::plan::Decision) {
+        let action = match decision.action {
+            crate::plan::Action::Capture => "capture",
+            crate::plan::Action::Stage => "stage",
+            crate::plan::Action::Wait => "wait",
+        };
+        self.metrics.decisions.with([decision.volume.as_str(), action]).inc();
+        let shown = types::Decision { at: decision.at, action: action.into(), reason: decision.reason.clone() };
+        if let Some(entry) = self.entry(&decision.volume) {
+            *lock(&entry.last_decision) = Some(shown.clone());
+        }
+        self.tell(WatchEvent::Decision { volume: decision.volume.to_string(), decision: shown });
+        let row = DecisionRow {
+            ts: decision.at,
+            group: decision.group.map(|group| group.as_str().into()),
+            volume: decision.volume.as_str().into(),
+            action: action.into(),
+            window_start: decision.window_start,
+            window_end: decision.window_end,
+            reason: decision.reason,
+        };
+        if let Err(error) = self.history.append(&[row]) {
+            tracing::warn!(%error, "a decision could not be kept");
+        }
+    }
+
+    /// Copies the blocks most likely to be read, best first, within `budget` bytes. Returns the
+    /// bytes staged.
+    pub(super) fn stage(&self, volume: &str, budget: u64) -> Result<u64, super::ServiceError> {
+        let (Some(area), Some(entry)) = (&self.area, self.entry(volume)) else {
+            return Ok(0);
+        };
+        let spec = VolumeSpec { path: entry.volume.path.clone(), offset: 0, len: Some(entry.volume.bytes()) };
+        let reader = open_reader(&spec, ReadOptions::BACKGROUND)?;
+        let now = self.clock.now();
+        let ranked = lock(&entry.heat).rank(now, budget, entry.volume.bytes());
+        let ranges: Vec<ByteRange> = ranked.iter().map(|r| r.range).collect();
+        entry.staging.store(true, Ordering::SeqCst);
+        let pace = Cancellable { entry: &entry };
+        let outcome = area.stage(&entry.map, &*reader, &ranges, budget, &pace, &*self.clock);
+        entry.staging.store(false, Ordering::SeqCst);
+        let staged = outcome?;
+        let rows: Vec<StagingRow> = ranked
+            .iter()
+            .map(|ranked| StagingRow {
+                ts: now,
+                volume: volume.into(),
+                action: "staged".into(),
+                offset: ranked.range.offset,
+                length: ranked.range.len,
+                score: Some(ranked.score),
+                evicted: None,
+            })
+            .collect();
+        if let Err(error) = self.history.append(&rows) {
+            tracing::warn!(%error, "what was staged could not be kept in the history");
+        }
+        if let Ok(report) = self.stage_report(&entry) {
+            self.metrics.staged.set([volume], report.status.staged_bytes as f64);
+            self.metrics.staged_valid.set([volume], report.status.valid_bytes as f64);
+            self.tell(WatchEvent::Staging(report));
+        }
+        Ok(staged)
+    }
+
+    /// What is staged of a volume.
+    pub(super) fn stage_report(&self, entry: &Entry) -> Result<types::StageReport, super::ServiceError> {
+        let mut status = types::StagingStatus::default();
+        if let Some(area) = &self.area {
+            let stats = area.status(&entry.map)?;
+            let lookups = stats.hits + stats.misses;
+            status = types::StagingStatus {
+                budget_bytes: area.budget(),
+                staged_bytes: stats.staged_bytes,
+                valid_bytes: stats.valid_bytes,
+                used_bytes: stats.used_bytes,
+                invalidated_bytes: stats.invalidated_bytes,
+                hit_ratio: (lookups > 0).then(|| stats.hits as f64 / lookups as f64),
+            };
+        }
+        Ok(types::StageReport { volume: entry.map.volume().to_string(), status })
+    }
+
+    /// Trains the network on what the forecasters remember, and offers it for service.
+    #[cfg(feature = "model")]
+    pub(super) fn train(&self) -> Result<String, String> {
+        use crate::model::Promotion;
+        use crate::model::net::{Budget, train};
+        let dataset = lock(&self.mind).mixture.dataset();
+        let began = self.clock.monotonic();
+        let budget = Budget { max_samples: 100_000, ..Budget::default() };
+        // SAFETY: setpriority of this thread touches no memory.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+        let seed = u64::from(self.config.model.seed);
+        let trained = train(&dataset, budget, seed, None, &self.stopping).map_err(|e| e.to_string())?;
+        self.metrics.training_duration.observe([], (self.clock.monotonic() - began).as_secs_f64());
+        let promotion = lock(&self.mind).mixture.install(&trained).map_err(|e| e.to_string())?;
+        match promotion {
+            Promotion::Promoted { reason } => {
+                trained.save(&self.config.state_dir().join("model.soe")).map_err(|e| e.to_string())?;
+                Ok(reason)
+            }
+            Promotion::Rejected { reason } => Ok(reason),
+        }
+    }
+
+    /// Without burn there is nothing to train.
+    #[cfg(not(feature = "model"))]
+    pub(super) fn train(&self) -> Result<String, String> {
+        Err("this build has no network (feature \"model\")".into())
+    }
+}
+
+/// Holds staging back with the volume's pace, and ends it when it was cancelled.
+struct Cancellable<'a> {
+    entry: &'a Entry,
+}
+
+impl crate::seam::Pace for Cancellable<'_> {
+    fn before(&self, bytes: u64) -> std::io::Result<()> {
+        if !self.entry.staging.load(Ordering::SeqCst) {
+            return Err(std::io::ErrorKind::Interrupted.into());
+        }
+        self.entry.pace.before(bytes)
+    }
+}
