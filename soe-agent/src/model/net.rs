@@ -107,7 +107,7 @@ impl Net {
 
 fn floats(data: TensorData) -> Vec<f32> {
     // The network is made of f32 throughout, so the conversion has nothing to refuse.
-    data.to_vec::<f32>().unwrap_or_default()
+    data.try_to_vec::<f32>().unwrap_or_default()
 }
 
 /// A trained network, ready to forecast.
