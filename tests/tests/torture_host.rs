@@ -5,10 +5,9 @@
 //! `SOE_TORTURE_CAPTURES` asks for more than the few hundred of an ordinary run, `SOE_TORTURE_SEED`
 //! replays the random choices of a run (the kernel's timing is its own).
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
-use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,16 +15,16 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use soe_agent::capture::{CaptureError, CapturePolicy, FreezeGuard, Level, Method, guard_main};
+use soe_agent::capture::{CapturePolicy, FreezeGuard, Level, Method, guard_main};
 use soe_tests::device::{self, LoopDevice, Mounted, open_direct};
+use soe_tests::torture::books::{Books, areas, complain, device_target, number, raw, seed};
 use soe_tests::torture::devices::{Partitioned, PlacedFile, SlowDisk, Zram};
 use soe_tests::torture::history::SECTOR;
+use soe_tests::torture::hunt::Hunt;
 use soe_tests::torture::lies::Lie;
-use soe_tests::torture::load::{
-    EndOnDrop, Gate, Habit, Rhythm, Target, depend, scribble,
-};
-use soe_tests::torture::oracle::{Violation, Wrong};
-use soe_tests::torture::rig::{Ask, Layer, Rig, Volume};
+use soe_tests::torture::load::{EndOnDrop, Gate, Habit, Rhythm, Target, depend, scribble};
+use soe_tests::torture::oracle::Wrong;
+use soe_tests::torture::rig::{Ask, Rig, Volume};
 
 macro_rules! need_kernel {
     () => {
@@ -51,116 +50,14 @@ fn guard_process() {
 fn guard() -> FreezeGuard {
     let mut command = Command::new(std::env::current_exe().expect("this binary"));
     command
-        .args(["guard_process", "--exact", "--nocapture", "--test-threads=1"])
+        .args([
+            "guard_process",
+            "--exact",
+            "--nocapture",
+            "--test-threads=1",
+        ])
         .env(GUARD, "1");
     FreezeGuard::spawn(command, None).expect("a guard")
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
-}
-
-/// A seed for this run, printed.
-fn seed(test: &str) -> u64 {
-    let seed = number("SOE_TORTURE_SEED").unwrap_or_else(rand::random);
-    println!("{test}: SOE_TORTURE_SEED={seed}");
-    seed
-}
-
-/// What came of the attempts.
-#[derive(Default)]
-struct Books {
-    layers: u32,
-    by_kind: BTreeMap<String, u32>,
-    failed: BTreeMap<&'static str, u32>,
-    longest_pause: Duration,
-    stored_windows: Duration,
-    tries: u32,
-    restarts: u32,
-    upgrades: u32,
-}
-
-impl Books {
-    fn take(&mut self, layer: &Layer) {
-        self.layers += 1;
-        for volume in &layer.cut.volumes {
-            *self.by_kind.entry(format!("{:?}", volume.kind)).or_default() += 1;
-        }
-        *self.by_kind.entry(format!("{:?}", layer.cut.method)).or_default() += 1;
-        self.longest_pause = self.longest_pause.max(layer.cut.pause);
-        self.stored_windows += layer.cut.window;
-        self.tries += layer.cut.tries;
-    }
-
-    /// Counts a failure that a capture may have; any other ends the test.
-    fn fail(&mut self, rig: &Rig, error: &CaptureError) {
-        let name = match error {
-            CaptureError::NotQuiet { .. } => "not quiet",
-            CaptureError::NotConverging { .. } => "not converging",
-            CaptureError::FrozenButMoving { .. } => "frozen but moving",
-            CaptureError::Cancelled => "cancelled",
-            CaptureError::MissedBeforeFirstCut { .. } => "missed before the first cut",
-            CaptureError::GenerationChanged { .. } => "generation changed",
-            CaptureError::Sink { source } if source.to_string().contains("on purpose") => "refused",
-            CaptureError::GenerationEnds { volume, .. } => {
-                rig.end_generation(rig.number_of(volume).expect("a volume of the group"));
-                "generation ended"
-            }
-            other => panic!("{other}"),
-        };
-        *self.failed.entry(name).or_default() += 1;
-    }
-
-    fn print(&self, test: &str, history_ops: u64, links: u64) {
-        println!(
-            "{test}: {} cuts {:?}, {} tries, longest pause {:?}, windows {:?} in all; failed {:?}; \
-             {} restarts, {} upgrades; {history_ops} operations, {links} of them dependent",
-            self.layers,
-            self.by_kind,
-            self.tries,
-            self.longest_pause,
-            self.stored_windows,
-            self.failed,
-            self.restarts,
-            self.upgrades,
-        );
-    }
-}
-
-fn complain(what: &str, violations: &[Violation]) {
-    if violations.is_empty() {
-        return;
-    }
-    let mut counts: BTreeMap<(Wrong, usize), u32> = BTreeMap::new();
-    for violation in violations {
-        *counts.entry((violation.wrong, violation.volume)).or_default() += 1;
-    }
-    let first: Vec<String> = violations.iter().take(4).map(ToString::to_string).collect();
-    panic!("{what} is not the devices at one instant: {counts:?}\n{}", first.join("\n"));
-}
-
-/// A volume whose first `bytes` are stamped.
-fn raw(path: &Path, bytes: u64) -> Volume {
-    Volume {
-        path: path.into(),
-        look: Box::new(move |image| image[..bytes as usize].to_vec()),
-    }
-}
-
-fn device_target(volume: usize, path: &Path, align: u64) -> Target {
-    Target {
-        volume,
-        file: open_direct(path).expect("the device"),
-        align,
-        device: true,
-        borders: Vec::new(),
-    }
-}
-
-/// `parts` equal areas of `[0, sectors)`.
-fn areas(sectors: u64, parts: u64) -> Vec<Range<u64>> {
-    let each = sectors / parts / 128 * 128;
-    (0..parts).map(|part| part * each..(part + 1) * each).collect()
 }
 
 #[test]
@@ -171,7 +68,10 @@ fn every_layer_of_a_group_is_the_devices_at_one_instant() {
     const STAMPED: u64 = 14 * MIB;
     let seed = seed(NAME);
     let mut rng = SmallRng::seed_from_u64(seed);
-    let disks = [LoopDevice::new(BYTES).unwrap(), LoopDevice::new(BYTES).unwrap()];
+    let disks = [
+        LoopDevice::new(BYTES).unwrap(),
+        LoopDevice::new(BYTES).unwrap(),
+    ];
     let parts = Partitioned::new(BYTES).unwrap();
     let zram = Zram::new(BYTES);
     let mut paths: Vec<(&Path, u64)> = disks.iter().map(|disk| (&*disk.path, 1)).collect();
@@ -197,8 +97,16 @@ fn every_layer_of_a_group_is_the_devices_at_one_instant() {
     let wanted = number("SOE_TORTURE_CAPTURES").unwrap_or(60);
     std::thread::scope(|scope| {
         let _end = EndOnDrop(&gate);
-        let big = Habit { sectors: 8..512, zero_every: 8, think_us: 0..300 };
-        let small = Habit { sectors: 1..17, zero_every: 12, think_us: 50..400 };
+        let big = Habit {
+            sectors: 8..512,
+            zero_every: 8,
+            think_us: 0..300,
+        };
+        let small = Habit {
+            sectors: 1..17,
+            zero_every: 12,
+            think_us: 50..400,
+        };
         let stamped = areas(STAMPED / SECTOR as u64, 4);
         for target in &targets {
             let seed = seed ^ (target.volume as u64 + 1) << 8;
@@ -218,17 +126,30 @@ fn every_layer_of_a_group_is_the_devices_at_one_instant() {
             let area = 0..BYTES / SECTOR as u64;
             scribble(&noise, area, &small, &history, &gate, seed ^ 77);
         });
-        let rhythm = Rhythm { open: 2..20, gap: 4..20, long_every: 5, long: 60..110 };
+        let rhythm = Rhythm {
+            open: 2..20,
+            gap: 4..20,
+            long_every: 5,
+            long: 60..110,
+        };
         scope.spawn(|| gate.beat(&rhythm, seed ^ 99));
 
         let deadline = Instant::now() + Duration::from_secs(30 + wanted * 3);
         while u64::from(books.layers) < wanted {
-            assert!(Instant::now() < deadline, "only {} cuts in time", books.layers);
+            assert!(
+                Instant::now() < deadline,
+                "only {} cuts in time",
+                books.layers
+            );
             history.forget(usize::MAX, u64::MAX);
             if rng.random_range(0..12) == 0 {
                 let upgrade = rng.random_range(0..4) == 0;
                 rig.restart(Duration::from_millis(rng.random_range(0..60)), upgrade);
-                *(if upgrade { &mut books.upgrades } else { &mut books.restarts }) += 1;
+                *(if upgrade {
+                    &mut books.upgrades
+                } else {
+                    &mut books.restarts
+                }) += 1;
             }
             if rng.random_range(0..40) == 0 {
                 rig.end_generation(rng.random_range(0..paths.len()));
@@ -259,7 +180,10 @@ fn every_layer_of_a_group_is_the_devices_at_one_instant() {
     // At rest the image is the device, to the last byte, and the books balance.
     let layer = rig.capture(&Ask::default()).expect("a cut at rest");
     complain("the last layer", &layer.violations);
-    assert!(layer.images == rig.devices(), "the image of a device at rest is not the device");
+    assert!(
+        layer.images == rig.devices(),
+        "the image of a device at rest is not the device"
+    );
     assert_eq!(rig.audit(), [""; 0]);
     books.print(NAME, history.issued(), links.load(Ordering::Relaxed));
     for kind in ["Baseline", "Differential"] {
@@ -300,12 +224,15 @@ fn fio_area_survives(rig: &mut Rig, disk: &LoopDevice, offset: u64, bytes: u64, 
                 complain("the layer with fio's area", &layer.violations);
                 let mut image = tempfile::NamedTempFile::new().expect("a file");
                 image.write_all(&layer.images[0]).expect("written");
-                fio(image.path().to_str().expect("a plain path"), "--verify_only=1")
-                    .expect("fio finds in the layer what it wrote");
+                fio(
+                    image.path().to_str().expect("a plain path"),
+                    "--verify_only=1",
+                )
+                .expect("fio finds in the layer what it wrote");
                 // The same check does notice a block that is not there.
                 let hole = vec![0; 4096];
                 let file = image.as_file();
-                std::os::unix::fs::FileExt::write_all_at(file, &hole, offset + bytes / 2)
+                file.write_all_at(&hole, offset + bytes / 2)
                     .expect("written");
                 assert!(fio(image.path().to_str().expect("plain"), "--verify_only=1").is_err());
                 return;
@@ -323,7 +250,10 @@ fn frozen_filesystems_are_captured_at_one_instant() {
     const STAMPED: u64 = 8 * MIB;
     let seed = seed(NAME);
     let mut rng = SmallRng::seed_from_u64(seed);
-    let disks = [LoopDevice::new(32 * MIB).unwrap(), LoopDevice::new(32 * MIB).unwrap()];
+    let disks = [
+        LoopDevice::new(32 * MIB).unwrap(),
+        LoopDevice::new(32 * MIB).unwrap(),
+    ];
     let mounts = [
         Mounted::new(&disks[0].path, "ext4").unwrap(),
         Mounted::new(&disks[1].path, "ext4").unwrap(),
@@ -354,7 +284,11 @@ fn frozen_filesystems_are_captured_at_one_instant() {
     let mut checked = 0;
     std::thread::scope(|scope| {
         let _end = EndOnDrop(&gate);
-        let habit = Habit { sectors: 1..257, zero_every: 0, think_us: 100..1500 };
+        let habit = Habit {
+            sectors: 1..257,
+            zero_every: 0,
+            think_us: 100..1500,
+        };
         let stamped = areas(STAMPED / SECTOR as u64, 2);
         for target in &targets {
             let seed = seed ^ (target.volume as u64 + 1) << 8;
@@ -368,7 +302,11 @@ fn frozen_filesystems_are_captured_at_one_instant() {
 
         let deadline = Instant::now() + Duration::from_secs(30 + wanted * 4);
         while u64::from(books.layers) < wanted {
-            assert!(Instant::now() < deadline, "only {} cuts in time", books.layers);
+            assert!(
+                Instant::now() < deadline,
+                "only {} cuts in time",
+                books.layers
+            );
             if rng.random_range(0..12) == 0 {
                 rig.restart(Duration::from_millis(rng.random_range(0..60)), false);
                 books.restarts += 1;
@@ -396,7 +334,11 @@ fn frozen_filesystems_are_captured_at_one_instant() {
                 Ok(layer) => {
                     books.take(&layer);
                     complain(&format!("layer {}", books.layers), &layer.violations);
-                    let frozen = layer.cut.volumes.iter().all(|v| v.level == Level::Filesystem);
+                    let frozen = layer
+                        .cut
+                        .volumes
+                        .iter()
+                        .all(|v| v.level == Level::Filesystem);
                     if frozen && rng.random_range(0..3) == 0 {
                         assert_eq!(layer.cut.method, Method::Freeze);
                         layer.images.iter().for_each(|image| clean(image));
@@ -450,93 +392,23 @@ fn clean(image: &[u8]) {
     device::run("e2fsck", &["-f", "-n", path]).expect("a clean filesystem");
 }
 
-/// How a hunt for a mistake goes.
-struct Hunt<'a> {
-    name: &'a str,
-    path: &'a Path,
-    habit: Habit,
-    writers: u64,
-    rhythm: Rhythm,
-    policy: CapturePolicy,
-    baseline: bool,
-    captures: u32,
-}
-
-impl Hunt<'_> {
-    /// Captures one volume until a layer is wrong; the number of that layer, and what is wrong.
-    fn run(&self, lie: Lie, seed: u64) -> Option<(u32, Vec<Violation>)> {
-        const STAMPED: u64 = 12 * MIB;
-        let name = format!("{}-{lie:?}", self.name);
-        // The device may hold stamps of an earlier hunt.
-        let file = open_direct(self.path).expect("the device");
-        let blank = device::Aligned::new(1 << 20, 0);
-        for at in 0..STAMPED / MIB {
-            std::os::unix::fs::FileExt::write_all_at(&file, blank.bytes(), at * MIB)
-                .expect("zeroed");
-        }
-        let mut rig = Rig::new(&name, vec![raw(self.path, STAMPED)], lie);
-        let history = rig.history.clone();
-        let target = device_target(0, self.path, 1);
-        let gate = Gate::default();
-        let mut books = Books::default();
-        let ask = Ask {
-            baseline: self.baseline,
-            policy: self.policy,
-            ..Ask::default()
-        };
-        let found = std::thread::scope(|scope| {
-            let _end = EndOnDrop(&gate);
-            let stamped = areas(STAMPED / SECTOR as u64, self.writers);
-            for (number, area) in stamped.into_iter().enumerate() {
-                let (target, history, gate) = (&target, &*history, &gate);
-                let seed = seed ^ (number as u64) << 8;
-                scope.spawn(move || scribble(target, area, &self.habit, history, gate, seed));
-            }
-            scope.spawn(|| gate.beat(&self.rhythm, seed ^ 99));
-            let deadline = Instant::now() + Duration::from_secs(40);
-            while books.layers < self.captures && Instant::now() < deadline {
-                match rig.capture(&ask) {
-                    Ok(layer) => {
-                        books.take(&layer);
-                        if !layer.violations.is_empty() {
-                            return Some((books.layers, layer.violations));
-                        }
-                    }
-                    Err(error) => books.fail(&rig, &error),
-                }
-            }
-            None
-        });
-        books.print(&name, history.issued(), 0);
-        if lie == Lie::None {
-            assert!(books.layers >= 3, "the right order made no layers to compare with");
-        }
-        found
-    }
-
-    /// The mistake is found, and the right order is not blamed for it.
-    fn must_find(&self, lie: Lie, wrong: &[Wrong]) {
-        let seed = seed(self.name);
-        if let Some((layer, violations)) = self.run(Lie::None, seed) {
-            complain(&format!("layer {layer} of {} without a lie", self.name), &violations);
-        }
-        let (layer, violations) = self
-            .run(lie, seed)
-            .unwrap_or_else(|| panic!("{lie:?} was not noticed in {} captures", self.captures));
-        let first = &violations[0];
-        println!("{lie:?}: noticed at layer {layer}, {} violations, {first}", violations.len());
-        assert!(wrong.contains(&first.wrong), "{first}");
-    }
-}
-
 /// Writes that take tens of milliseconds and land in several requests.
 fn slow_hunt<'a>(name: &'a str, disk: &'a SlowDisk) -> Hunt<'a> {
     Hunt {
         name,
         path: &disk.path,
-        habit: Habit { sectors: 512..513, zero_every: 0, think_us: 0..0 },
+        habit: Habit {
+            sectors: 512..513,
+            zero_every: 0,
+            think_us: 0..0,
+        },
         writers: 3,
-        rhythm: Rhythm { open: 100..200, gap: 180..260, long_every: 0, long: 0..1 },
+        rhythm: Rhythm {
+            open: 100..200,
+            gap: 180..260,
+            long_every: 0,
+            long: 0..1,
+        },
         policy: CapturePolicy {
             optimistic_time: Duration::from_secs(3),
             optimistic_tries: 200,
@@ -554,7 +426,10 @@ fn a_cut_without_the_in_flight_check_is_noticed() {
     need_kernel!();
     let disk = SlowDisk::new(16 * MIB, 8 << 20, 32).unwrap();
     let hunt = slow_hunt("in-flight", &disk);
-    hunt.must_find(Lie::NothingInFlight, &[Wrong::Torn, Wrong::Lost, Wrong::Early]);
+    hunt.must_find(
+        Lie::NothingInFlight,
+        &[Wrong::Torn, Wrong::Lost, Wrong::Early],
+    );
 }
 
 #[test]
@@ -577,9 +452,18 @@ fn a_residual_fixed_before_the_counters_is_noticed() {
     let hunt = Hunt {
         name: "scan-first",
         path: &disk.path,
-        habit: Habit { sectors: 8..9, zero_every: 0, think_us: 100..700 },
+        habit: Habit {
+            sectors: 8..9,
+            zero_every: 0,
+            think_us: 100..700,
+        },
         writers: 2,
-        rhythm: Rhythm { open: 3..8, gap: 3..8, long_every: 6, long: 60..100 },
+        rhythm: Rhythm {
+            open: 3..8,
+            gap: 3..8,
+            long_every: 6,
+            long: 60..100,
+        },
         policy: CapturePolicy::default(),
         baseline: false,
         captures: 40,

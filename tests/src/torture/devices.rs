@@ -120,13 +120,20 @@ impl SlowDisk {
             rule: None,
             _lower: lower,
         };
-        let name = slow.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = slow
+            .path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let limit = format!("/sys/block/{name}/queue/max_sectors_kb");
         fs::write(limit, request_kib.to_string())?;
         let rdev = fs::metadata(&slow._lower.path)?.rdev();
         let device = format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
         let groups = fs::read_to_string("/proc/self/cgroup")?;
-        let blkio = groups.lines().find_map(|line| line.split_once(":blkio:").map(|(_, at)| at));
+        let blkio = groups
+            .lines()
+            .find_map(|line| line.split_once(":blkio:").map(|(_, at)| at));
         let file = blkio.map(|group| {
             Path::new("/sys/fs/cgroup/blkio")
                 .join(group.trim_start_matches('/'))
@@ -175,7 +182,9 @@ impl PlacedFile {
         let extents = extents(&file, bytes)?;
         let covered: u64 = extents.iter().map(|(_, _, len)| len).sum();
         if covered != bytes {
-            return Err(io::Error::other(format!("{covered} of {bytes} bytes are placed")));
+            return Err(io::Error::other(format!(
+                "{covered} of {bytes} bytes are placed"
+            )));
         }
         Ok(Self { path, extents })
     }
@@ -191,7 +200,10 @@ impl PlacedFile {
 
     /// Sectors of the file at which an extent begins.
     pub fn borders(&self) -> Vec<u64> {
-        self.extents.iter().map(|(at, _, _)| at / SECTOR as u64).collect()
+        self.extents
+            .iter()
+            .map(|(at, _, _)| at / SECTOR as u64)
+            .collect()
     }
 }
 
@@ -236,6 +248,12 @@ fn extents(file: &File, bytes: u64) -> io::Result<Vec<(u64, u64, u64)>> {
     }
     let found = map.extents.iter().take(map.mapped as usize);
     Ok(found
-        .map(|extent| (extent.logical, extent.physical, extent.length.min(bytes - extent.logical)))
+        .map(|extent| {
+            (
+                extent.logical,
+                extent.physical,
+                extent.length.min(bytes - extent.logical),
+            )
+        })
         .collect())
 }

@@ -93,7 +93,10 @@ impl History {
     /// The operations on one volume that were not forgotten, in the order of their ids.
     pub fn of(&self, volume: usize) -> Vec<Op> {
         let ops = self.ops();
-        ops.values().filter(|op| op.volume == volume).cloned().collect()
+        ops.values()
+            .filter(|op| op.volume == volume)
+            .cloned()
+            .collect()
     }
 
     /// Forgets the operations on `volume` that were complete before `tick`.
@@ -129,7 +132,13 @@ fn seal(id: u64, volume: u64, sector: u64) -> u64 {
 pub fn stamp(buffer: &mut [u8], volume: usize, sector: u64, id: u64) {
     for (number, bytes) in buffer.chunks_exact_mut(SECTOR).enumerate() {
         let sector = sector + number as u64;
-        let words = [MAGIC, id, volume as u64, sector, seal(id, volume as u64, sector)];
+        let words = [
+            MAGIC,
+            id,
+            volume as u64,
+            sector,
+            seal(id, volume as u64, sector),
+        ];
         let mut fill = bytes.chunks_exact_mut(8);
         for word in words {
             if let Some(place) = fill.next() {
@@ -153,7 +162,13 @@ pub fn content(bytes: &[u8], volume: usize, sector: u64) -> Content {
         return Content::Zero;
     }
     let id = words[1];
-    let head = [MAGIC, id, volume as u64, sector, seal(id, volume as u64, sector)];
+    let head = [
+        MAGIC,
+        id,
+        volume as u64,
+        sector,
+        seal(id, volume as u64, sector),
+    ];
     if words[..5] == head && words[5..].iter().all(|word| *word == id) {
         Content::Stamp(id)
     } else {

@@ -167,7 +167,10 @@ fn think(rng: &mut SmallRng, habit: &Habit) {
 /// A range inside `area`, in multiples of `align`.
 fn place(rng: &mut SmallRng, area: &Range<u64>, align: u64, sectors: &Range<u64>) -> (u64, u64) {
     let most = area.end - area.start;
-    let len = rng.random_range(sectors.clone()).next_multiple_of(align).min(most);
+    let len = rng
+        .random_range(sectors.clone())
+        .next_multiple_of(align)
+        .min(most);
     let steps = (most - len) / align;
     (area.start + rng.random_range(0..=steps) * align, len)
 }
@@ -184,11 +187,14 @@ pub fn scribble(
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut buffer = Aligned::new(habit.sectors.end as usize * SECTOR + 4096, 0);
     while gate.pass() {
-        let zero = target.device
-            && habit.zero_every != 0
-            && rng.random_range(0..habit.zero_every) == 0;
+        let zero =
+            target.device && habit.zero_every != 0 && rng.random_range(0..habit.zero_every) == 0;
         let done = if zero {
-            let kind = if rng.random() { Kind::Discard } else { Kind::WriteZeroes };
+            let kind = if rng.random() {
+                Kind::Discard
+            } else {
+                Kind::WriteZeroes
+            };
             // Whole pages, the granularity of discards here.
             let (sector, sectors) = place(&mut rng, &area, 8, &(8..128));
             target.zero(history, sector, sectors, kind)

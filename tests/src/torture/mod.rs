@@ -12,3 +12,7 @@ pub mod devices;
 pub mod rig;
 
 pub mod lies;
+
+pub mod books;
+
+pub mod hunt;

@@ -176,15 +176,29 @@ fn check_volume(
             .filter(|at| versions[*at].matches(*content))
             .collect();
         let Some(newest) = fits.last().copied() else {
-            complain(Wrong::Foreign, format!("{content:?} is none of {versions:?}"));
+            complain(
+                Wrong::Foreign,
+                format!("{content:?} is none of {versions:?}"),
+            );
             continue;
         };
-        let lost = |at: &usize| versions.get(at + 1).is_some_and(|v| v.acked < window.second);
+        let lost = |at: &usize| {
+            versions
+                .get(at + 1)
+                .is_some_and(|v| v.acked < window.second)
+        };
         let early = |at: &usize| versions[*at].id > window.first;
         if !fits.iter().any(|at| !lost(at) && !early(at)) {
-            let kind = if fits.iter().all(lost) { Wrong::Lost } else { Wrong::Early };
+            let kind = if fits.iter().all(lost) {
+                Wrong::Lost
+            } else {
+                Wrong::Early
+            };
             let next = versions.get(newest + 1);
-            complain(kind, format!("{content:?} in {window:?}, next on the sector is {next:?}"));
+            complain(
+                kind,
+                format!("{content:?} in {window:?}, next on the sector is {next:?}"),
+            );
         }
         // Zeroes may be the work of several: then they say nothing about any of them.
         if fits.len() == 1 {
@@ -315,7 +329,11 @@ mod tests {
             let id = world.history.issue(0, 0, 4, Kind::Write);
             world.land(0, 0..landed, Content::Stamp(id));
             let (window, image) = (world.now(), world.disks.clone());
-            let torn = if landed % 4 == 0 { vec![] } else { vec![Wrong::Torn] };
+            let torn = if landed % 4 == 0 {
+                vec![]
+            } else {
+                vec![Wrong::Torn]
+            };
             assert_eq!(world.check(window, &image), torn, "{landed} sectors");
         }
     }

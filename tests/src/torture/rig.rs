@@ -67,7 +67,11 @@ impl Kernel {
             // Other maps are another set of programs; only growing ones are carried over.
             self.slots += 1;
         }
-        let expected = if upgrade { Start::Upgraded } else { Start::Adopted };
+        let expected = if upgrade {
+            Start::Upgraded
+        } else {
+            Start::Adopted
+        };
         assert_eq!(self.open(), expected);
     }
 
@@ -140,7 +144,10 @@ const GROUP: &str = "torture";
 impl Rig {
     /// Begins to track `volumes`, which must be at rest, zeroed where stamps will be.
     pub fn new(name: &str, volumes: Vec<Volume>, lie: Lie) -> Self {
-        let folder = tempfile::Builder::new().prefix("soe-torture-").tempdir().expect("a folder");
+        let folder = tempfile::Builder::new()
+            .prefix("soe-torture-")
+            .tempdir()
+            .expect("a folder");
         let store = DirFs::open(folder.path()).expect("a store's folder");
         let store = LayerStore::open(Arc::new(store), StoreOptions::default()).expect("a store");
         let mut rig = Self {
@@ -171,7 +178,11 @@ impl Rig {
         let deadline = Instant::now() + Duration::from_secs(20);
         for map in &self.maps {
             while !map.inner().reading().expect("reading").nothing_in_flight() {
-                assert!(Instant::now() < deadline, "{} never came to rest", map.volume());
+                assert!(
+                    Instant::now() < deadline,
+                    "{} never came to rest",
+                    map.volume()
+                );
                 std::thread::sleep(Duration::from_millis(5));
             }
         }
@@ -240,7 +251,9 @@ impl Rig {
         let freezer = ask.guard.map(|guard| {
             let superblocks = Mounts::default().superblocks(&self.rdevs(), &[]);
             let superblocks = superblocks.expect("the filesystems on the volumes");
-            guard.prepare(superblocks, self.volumes.len()).expect("a prepared guard")
+            guard
+                .prepare(superblocks, self.volumes.len())
+                .expect("a prepared guard")
         });
         let pace = StopAfter(ask.cancel_after.map(AtomicU32::new));
         let volumes = self.maps.iter().zip(background.iter().zip(&urgent));
@@ -250,13 +263,18 @@ impl Rig {
                     map,
                     reader: &**background,
                     urgent: &**urgent,
-                    base: head.as_ref().and_then(|head| head.volume(map.volume())).map(base_of),
+                    base: head
+                        .as_ref()
+                        .and_then(|head| head.volume(map.volume()))
+                        .map(base_of),
                     settled_failures: 0,
                 })
                 .collect(),
             clock: &clock,
             pace: &pace,
-            freezer: freezer.as_ref().map(|freezer| freezer as &dyn VolumeFreezer),
+            freezer: freezer
+                .as_ref()
+                .map(|freezer| freezer as &dyn VolumeFreezer),
             parallel: true,
         };
         let request = CaptureRequest {
@@ -285,13 +303,18 @@ impl Rig {
     }
 
     fn image(&self, volume: &str, sequence: u64) -> Vec<u8> {
-        let image = self.store.image(GROUP, volume, Some(sequence)).expect("an image");
+        let image = self
+            .store
+            .image(GROUP, volume, Some(sequence))
+            .expect("an image");
         let index = image.index();
         let mut bytes = vec![0; index.volume_bytes() as usize];
         for block in 0..index.block_count() {
             let range = index.block_range(block);
             let place = range.offset as usize..range.end() as usize;
-            image.read_block(BlockIndex(block), &mut bytes[place]).expect("a whole block");
+            image
+                .read_block(BlockIndex(block), &mut bytes[place])
+                .expect("a whole block");
         }
         bytes
     }
@@ -304,10 +327,15 @@ impl Rig {
             let mut bytes = vec![0; reader.len() as usize];
             let all = [soe_agent::seam::ByteRange::new(0, reader.len())];
             reader
-                .read(&all, 65536, &soe_agent::seam::Unpaced, &mut |offset, data| {
-                    bytes[offset as usize..offset as usize + data.len()].copy_from_slice(data);
-                    Ok(())
-                })
+                .read(
+                    &all,
+                    65536,
+                    &soe_agent::seam::Unpaced,
+                    &mut |offset, data| {
+                        bytes[offset as usize..offset as usize + data.len()].copy_from_slice(data);
+                        Ok(())
+                    },
+                )
                 .expect("read");
             bytes
         };
