@@ -2,3 +2,5 @@
 //! exit path, and writes whose content says who wrote them.
 
 pub mod device;
+
+pub mod torture;

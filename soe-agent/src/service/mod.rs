@@ -11,7 +11,7 @@ mod heart;
 mod report;
 mod restore;
 mod sampler;
-mod sink;
+pub mod sink;
 mod state;
 mod trace;
 
