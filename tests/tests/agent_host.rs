@@ -83,7 +83,7 @@ fn a_group_is_captured_listed_restored_and_verified() {
     let of_raw = layers.iter().find(|l| l["volume"] == raw.node()).unwrap();
     assert_eq!(of_raw["changed_blocks"], 1);
 
-    drop(mounted);
+    mounted.unmount().unwrap();
     soe.capture("db");
     for volume in [&disk, &raw] {
         let listed = soe
@@ -327,7 +327,7 @@ fn kills_at_random_moments_lose_no_change() {
     }
     println!("{rounds_with_layer} of the captures ended before the kill");
     drop(load);
-    drop(mounted);
+    mounted.unmount().unwrap();
     let layer = &soe.capture("g")[0];
     assert_eq!(layer["kind"], "differential");
     assert_eq!(soe.restored_differs("g", disk.node(), &disk.path), None);
@@ -404,7 +404,7 @@ fn a_kill_while_frozen_ends_thawed() {
         assert_eq!(soe.volume("g", disk.node())["tracking"], "complete");
     }
     drop(load);
-    drop(mounted);
+    mounted.unmount().unwrap();
     assert_eq!(soe.capture("g")[0]["kind"], "differential");
     assert_eq!(soe.restored_differs("g", disk.node(), &disk.path), None);
     assert_eq!(soe.terminate(), 0);
