@@ -1,190 +1,26 @@
 //! The freeze guard and the readers on this machine's kernel: loop devices with ext4, made and
-//! removed here. Needs root; says so and passes otherwise.
+//! removed here. Needs root; otherwise they are skipped, with the reason.
+
+mod host;
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::mpsc::{self, Receiver};
-use std::time::{Duration, Instant};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
+use host::{Loop, Volume, can_run, freezer, guard, guard_command, kill, must, text};
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
 use soe_agent::capture::guard::marker::thaw_left_frozen;
-use soe_agent::capture::mounts::{DeviceNumber, Mounts, ProtectedPath, split};
-use soe_agent::capture::{FreezeError, FreezeGuard, GuardFreezer, VolumeFreezer, guard_main};
+use soe_agent::capture::mounts::{Mounts, ProtectedPath, split};
+use soe_agent::capture::{FreezeError, FreezeGuard, VolumeFreezer};
 use soe_agent::io::{PlainReader, ReadOptions, UringReader, VolumeSpec};
 use soe_agent::seam::{BlockReader, ByteRange, Unpaced};
 
-const GUARD: &str = "SOE_TEST_GUARD";
 const AGENT: &str = "SOE_TEST_AGENT_MOUNT";
 const MARKER: &str = "SOE_TEST_AGENT_MARKER";
-
-/// Runs a command that may not take longer than 30 s; its output.
-fn run(program: &str, args: &[&str]) -> Result<String, String> {
-    let output = Command::new("timeout")
-        .args(["-s", "KILL", "30", program])
-        .args(args)
-        .output()
-        .map_err(|e| e.to_string())?;
-    if output.status.success() {
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    } else {
-        let said = String::from_utf8_lossy(&output.stderr);
-        Err(format!("{program} {args:?}: {} {said}", output.status))
-    }
-}
-
-fn must(program: &str, args: &[&str]) -> String {
-    run(program, args).unwrap_or_else(|error| panic!("{error}"))
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("temporary paths are plain")
-}
-
-/// Whether this can run here; prints why not.
-fn can_run() -> bool {
-    if !rustix::process::geteuid().is_root() {
-        println!("skipped: needs root for loop devices and freezing");
-        return false;
-    }
-    if !Path::new("/dev/loop-control").exists() {
-        println!("skipped: this kernel has no loop devices");
-        return false;
-    }
-    true
-}
-
-/// A loop device over a file of its own.
-struct Loop {
-    device: PathBuf,
-}
-
-impl Loop {
-    fn attach(file: &Path) -> Self {
-        let device = must("losetup", &["-f", "--show", text(file)]);
-        Self {
-            device: device.into(),
-        }
-    }
-
-    fn number(&self) -> DeviceNumber {
-        split(fs::metadata(&self.device).expect("the loop device").rdev())
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = run("losetup", &["-d", text(&self.device)]);
-    }
-}
-
-/// A mounted ext4 on a loop device. Fields are dropped in order: device, then files.
-struct Volume {
-    mount: PathBuf,
-    device: Loop,
-    _folder: tempfile::TempDir,
-}
-
-impl Volume {
-    /// In the machine's temporary folder.
-    fn new() -> Self {
-        Self::inside(&std::env::temp_dir())
-    }
-
-    /// With its image file in `parent`.
-    fn inside(parent: &Path) -> Self {
-        let folder = tempfile::tempdir_in(parent).expect("a folder");
-        let image = folder.path().join("image");
-        File::create(&image)
-            .and_then(|file| file.set_len(24 << 20))
-            .expect("an image file");
-        let device = Loop::attach(&image);
-        must("mkfs.ext4", &["-q", "-F", text(&device.device)]);
-        let mount = std::env::temp_dir().join(format!(
-            "soe-capture-host-{}",
-            folder.path().file_name().unwrap_or_default().to_string_lossy()
-        ));
-        fs::create_dir(&mount).expect("a mount point");
-        let volume = Self {
-            mount,
-            device,
-            _folder: folder,
-        };
-        must("mount", &[text(&volume.device.device), text(&volume.mount)]);
-        volume
-    }
-
-    /// Writes a file and makes it durable, on a thread; tells when it is done.
-    fn write(&self) -> Receiver<Instant> {
-        let (done, told) = mpsc::channel();
-        let path = self.mount.join("written");
-        std::thread::spawn(move || {
-            let written = File::create(path).and_then(|mut file| {
-                file.write_all(b"written")?;
-                file.sync_all()
-            });
-            if written.is_ok() {
-                let _ = done.send(Instant::now());
-            }
-        });
-        told
-    }
-
-    fn is_frozen(&self) -> bool {
-        self.write().recv_timeout(Duration::from_millis(400)).is_err()
-    }
-
-    fn thaws_within(&self, limit: Duration) -> bool {
-        self.write().recv_timeout(limit).is_ok()
-    }
-}
-
-impl Drop for Volume {
-    fn drop(&mut self) {
-        // A test that failed may leave it frozen; it is this test's own.
-        let _ = run("fsfreeze", &["--unfreeze", text(&self.mount)]);
-        for _ in 0..50 {
-            if run("umount", &[text(&self.mount)]).is_ok() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        let _ = fs::remove_dir(&self.mount);
-    }
-}
-
-fn guard_command() -> Command {
-    let mut command = Command::new(std::env::current_exe().expect("this binary"));
-    command
-        .args(["guard_process", "--exact", "--nocapture", "--test-threads=1"])
-        .env(GUARD, "1");
-    command
-}
-
-fn guard() -> FreezeGuard {
-    FreezeGuard::spawn(guard_command(), None).expect("a guard")
-}
-
-fn freezer<'g>(guard: &'g FreezeGuard, volumes: &[&Volume]) -> GuardFreezer<'g> {
-    let numbers: Vec<DeviceNumber> = volumes.iter().map(|v| v.device.number()).collect();
-    let superblocks = Mounts::default()
-        .superblocks(&numbers, &[])
-        .expect("the superblocks");
-    assert_eq!(superblocks.len(), volumes.len());
-    guard.prepare(superblocks, volumes.len()).expect("prepared")
-}
-
-/// Not a test: the guard's process when the environment says so.
-#[test]
-fn guard_process() {
-    if std::env::var_os(GUARD).is_some() {
-        let clean = guard_main() == ExitCode::SUCCESS;
-        std::process::exit(i32::from(!clean));
-    }
-}
 
 /// Not a test: an agent that freezes a volume for a minute, when the environment says so.
 #[test]
@@ -209,8 +45,13 @@ fn agent_process() {
 fn start_agent(volume: &Volume, marker: Option<&Path>) -> (Child, i32) {
     let mut command = Command::new(std::env::current_exe().expect("this binary"));
     command
-        .args(["agent_process", "--exact", "--nocapture", "--test-threads=1"])
-        .env(AGENT, &volume.mount)
+        .args([
+            "agent_process",
+            "--exact",
+            "--nocapture",
+            "--test-threads=1",
+        ])
+        .env(AGENT, volume.mount())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     if let Some(marker) = marker {
@@ -225,11 +66,6 @@ fn start_agent(volume: &Volume, marker: Option<&Path>) -> (Child, i32) {
     }
     let _ = agent.kill();
     panic!("the agent did not freeze: {:?}", agent.wait());
-}
-
-fn kill(pid: i32) {
-    let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("killed");
 }
 
 #[test]
@@ -294,13 +130,13 @@ fn what_somebody_else_froze_is_not_thawed() {
     let (theirs, free) = (Volume::new(), Volume::new());
     let guard = guard();
     let freezer = freezer(&guard, &[&free, &theirs]);
-    must("fsfreeze", &["--freeze", text(&theirs.mount)]);
+    must("fsfreeze", &["--freeze", text(theirs.mount())]);
     let error = freezer
         .freeze(Duration::from_secs(5))
         .err()
         .expect("a refusal");
     assert!(
-        matches!(&error, FreezeError::AlreadyFrozen { mount } if *mount == theirs.mount),
+        matches!(&error, FreezeError::AlreadyFrozen { mount } if mount == theirs.mount()),
         "{error}"
     );
     assert!(theirs.is_frozen(), "somebody else's freeze was undone");
@@ -308,7 +144,7 @@ fn what_somebody_else_froze_is_not_thawed() {
         free.thaws_within(Duration::from_secs(10)),
         "the other volume of the group stayed frozen"
     );
-    must("fsfreeze", &["--unfreeze", text(&theirs.mount)]);
+    must("fsfreeze", &["--unfreeze", text(theirs.mount())]);
     assert!(theirs.thaws_within(Duration::from_secs(10)));
 }
 
@@ -321,7 +157,7 @@ fn a_thaw_by_somebody_else_is_noticed() {
     let guard = guard();
     let freezer = freezer(&guard, &[&volume]);
     let hold = freezer.freeze(Duration::from_secs(20)).expect("frozen");
-    must("fsfreeze", &["--unfreeze", text(&volume.mount)]);
+    must("fsfreeze", &["--unfreeze", text(volume.mount())]);
     assert!(!hold.thaw().expect("an answer").intact);
 }
 
@@ -372,7 +208,7 @@ fn what_guard_and_agent_left_frozen_is_thawed_at_the_next_start() {
     agent.wait().expect("its end");
     assert!(volume.is_frozen(), "a freeze outlives its processes");
     let thawed = thaw_left_frozen(&marker).expect("thawed");
-    assert_eq!(thawed, [volume.mount.clone()]);
+    assert_eq!(thawed, [volume.mount()]);
     assert!(volume.thaws_within(Duration::from_secs(10)));
     assert!(thaw_left_frozen(&marker).expect("nothing").is_empty());
 }
@@ -383,25 +219,25 @@ fn the_agents_own_filesystem_and_what_is_stacked_on_the_volume_are_refused() {
         return;
     }
     let lower = Volume::new();
-    let upper = Volume::inside(&lower.mount);
+    let upper = Volume::inside(lower.mount());
     let refused = |path: PathBuf, role: &str| {
         let protected = [ProtectedPath {
             path,
             role: role.to_owned(),
         }];
-        let volumes = [lower.device.number()];
+        let volumes = [lower.number()];
         let found = Mounts::default().superblocks(&volumes, &protected);
         matches!(found, Err(FreezeError::Protected { .. }))
     };
-    assert!(refused(lower.mount.join("state/deep"), "state"));
-    assert!(refused(upper.mount.join("store"), "store"));
+    assert!(refused(lower.mount().join("state/deep"), "state"));
+    assert!(refused(upper.mount().join("store"), "store"));
     assert!(!refused(PathBuf::from("/proc"), "logs"));
     let found = Mounts::default()
-        .superblocks(&[lower.device.number()], &[])
+        .superblocks(&[lower.number()], &[])
         .expect("both filesystems");
     let depth = |mount: &Path| found.iter().find(|s| s.mount == mount).map(|s| s.depth);
-    assert_eq!(depth(&upper.mount), Some(0));
-    assert_eq!(depth(&lower.mount), Some(1));
+    assert_eq!(depth(upper.mount()), Some(0));
+    assert_eq!(depth(lower.mount()), Some(1));
     // And they can be frozen and thawed in that order, with the upper one's data in the lower one.
     let guard = guard();
     let freezer = guard.prepare(found, 1).expect("prepared");
@@ -494,10 +330,15 @@ fn readers_see_what_is_on_the_device_not_what_is_cached() {
     image.write_all_at(&[0xab; 4096], 4096).expect("written");
     image.sync_all().expect("durable");
     reader
-        .read(&[ByteRange::new(4096, 4096)], 4096, &Unpaced, &mut |_, data| {
-            assert!(data.iter().all(|byte| *byte == 0xab));
-            Ok(())
-        })
+        .read(
+            &[ByteRange::new(4096, 4096)],
+            4096,
+            &Unpaced,
+            &mut |_, data| {
+                assert!(data.iter().all(|byte| *byte == 0xab));
+                Ok(())
+            },
+        )
         .expect("read");
 }
 

@@ -17,7 +17,7 @@
 //! That argument leans on completion marks. Where a completion program was skipped since a pass, the
 //! write it belonged to may have been queued, and stamped, before that pass and landed after its
 //! read. It was queued after the last proven quiet instant, though, so the next scan goes back to that
-//! one's epoch. (Without such an instant the attempt starts over: [`select::judge`].)
+//! one's epoch. (Without such an instant the attempt starts over: [`judge`](super::select::judge).)
 //!
 //! # Why the window is sound
 //!
@@ -32,53 +32,22 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use soe_common::{BlockIndex, Epoch};
-use uuid::Uuid;
+use soe_common::BlockIndex;
 
 use super::error::CaptureError;
+use super::pace::{TimedPace, pause_is_over};
 use super::ranges;
-use super::select::{self, Marks, Reference};
 use super::sink::{LayerSink, VolumePlan};
-use super::types::{
-    CaptureParts, CapturePolicy, CutRecord, LayerKind, Level, Mutation, VolumeCut, VolumeParts,
-};
-use crate::seam::{ByteRange, Clock, GenerationEnd, Misses, Pace, Reading, Tracking, UnixNanos};
+use super::types::{CaptureParts, CapturePolicy, Level, Mutation, VolumeCut};
+use super::volume::{Residual, Volume};
+use crate::seam::{Pace, UnixNanos};
 
 /// Assumed until something was read, in bytes per second: below any disk worth an agent.
 const FIRST_BANDWIDTH: f64 = 100e6;
 /// Faster than memory is copied: a rate above it means that waiting hid the reading.
 const MAX_BANDWIDTH: f64 = 4e9;
-
-/// One volume under capture.
-struct Volume<'a> {
-    parts: VolumeParts<'a>,
-    unit: u32,
-    bytes: u64,
-    generation: Uuid,
-    kind: LayerKind,
-    reference: Reference,
-    start: Misses,
-    /// The next scan takes stamps of this epoch or later; `None` takes everything.
-    since: Option<Epoch>,
-    /// Completions missed before the reads that `since` stands for began.
-    missed_before: u64,
-    bytes_read: u64,
-    /// The try under way.
-    epoch: Epoch,
-    first: Option<Reading>,
-    scan: Vec<ByteRange>,
-    residual: Residual,
-}
-
-/// Blocks held in memory: offset of the block and place of its bytes.
-#[derive(Default)]
-struct Residual {
-    bytes: Vec<u8>,
-    blocks: Vec<(u64, Range<usize>)>,
-}
 
 /// The window of a successful try.
 pub(super) struct Window {
@@ -160,14 +129,19 @@ impl<'a, 'p> Attempt<'a, 'p> {
             .collect()
     }
 
-    /// Whether a volume has a failed write whose path has not settled; its name.
+    /// A volume with a failed write whose path has not settled: its name.
     pub(super) fn unsettled(&self) -> Result<Option<String>, CaptureError> {
         for volume in &self.volumes {
-            if volume.parts.map.reading()?.misses.failed_writes > volume.parts.settled_failures {
+            if volume.unsettled(&volume.parts.map.reading()?.misses) {
                 return Ok(Some(volume.name()));
             }
         }
         Ok(None)
+    }
+
+    /// Whether a write had failed before the window just tried, without its path having settled.
+    pub(super) fn window_unsettled(&self) -> bool {
+        self.volumes.iter().any(|v| v.unsettled(&v.misses()))
     }
 
     /// Bytes that would have to be read now.
@@ -339,7 +313,7 @@ impl<'a, 'p> Attempt<'a, 'p> {
         }
         let began = clock.monotonic();
         match fetch_all(volumes, pace, parallel) {
-            Err(CaptureError::Read { source, .. }) if source.kind() == io::ErrorKind::TimedOut => {
+            Err(CaptureError::Read { source, .. }) if pause_is_over(&source) => {
                 return Ok(Err(Moved::Deadline));
             }
             other => other?,
@@ -393,7 +367,7 @@ fn ranges_total(volumes: &[Volume<'_>]) -> u64 {
 fn fix_residuals(volumes: &mut [Volume<'_>], policy: &CapturePolicy) -> Result<(), CaptureError> {
     for volume in volumes {
         // The window counts only if the totals are still the same at the second reading.
-        let misses = volume.first.map(|first| first.misses).unwrap_or_default();
+        let misses = volume.misses();
         volume.scan = volume.scan(&misses, policy)?;
     }
     Ok(())
@@ -428,238 +402,4 @@ fn fetch_all(
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     })
-}
-
-impl<'a> Volume<'a> {
-    fn begin(
-        parts: VolumeParts<'a>,
-        baseline: bool,
-        policy: &CapturePolicy,
-    ) -> Result<Self, CaptureError> {
-        let map = parts.map;
-        let unit = map.block_size();
-        let bytes = map.volume_bytes();
-        let bad = |what: String| CaptureError::BadVolume {
-            volume: map.volume().to_owned(),
-            what,
-        };
-        if unit == 0 {
-            return Err(bad("its change map has blocks of no size".to_owned()));
-        }
-        for reader in [parts.reader, parts.urgent] {
-            if reader.len() != bytes {
-                return Err(bad(format!(
-                    "its change map covers {bytes} bytes, but {} can be read; it was resized, detach and attach it",
-                    reader.len()
-                )));
-            }
-        }
-        let generation = map.generation();
-        let (kind, since) = select::layer_kind(baseline, parts.base.as_ref(), generation);
-        let start = map.reading()?.misses;
-        let volume = Self {
-            unit,
-            bytes,
-            generation,
-            kind,
-            reference: Reference::new(parts.base.as_ref(), generation),
-            start,
-            since,
-            missed_before: start.complete,
-            bytes_read: 0,
-            epoch: Epoch::FIRST,
-            first: None,
-            scan: Vec::new(),
-            residual: Residual::default(),
-            parts,
-        };
-        volume.check_tracking()?;
-        volume.check_marks(&start, policy)?;
-        Ok(volume)
-    }
-
-    fn name(&self) -> String {
-        self.parts.map.volume().to_owned()
-    }
-
-    fn read_error(&self, source: io::Error) -> CaptureError {
-        match source.kind() {
-            io::ErrorKind::Interrupted => CaptureError::Cancelled,
-            _ => CaptureError::Read {
-                volume: self.name(),
-                source,
-            },
-        }
-    }
-
-    /// What has to be read again, in whole blocks of the layer. `now` are the totals before the scan.
-    fn scan(&self, now: &Misses, policy: &CapturePolicy) -> Result<Vec<ByteRange>, CaptureError> {
-        let missed = now.complete > self.missed_before && !policy.mutated(Mutation::TrustPasses);
-        let since = self.since.map(|since| match missed {
-            true => since.min(self.reference.epoch),
-            false => since,
-        });
-        Ok(match since {
-            None if self.bytes == 0 => Vec::new(),
-            None => vec![ByteRange::new(0, self.bytes)],
-            Some(since) => {
-                let changed = self.parts.map.changed_since(since)?;
-                ranges::widen(&changed, self.unit, self.bytes)
-            }
-        })
-    }
-
-    fn take_first(
-        &mut self,
-        clock: &dyn Clock,
-        until: Duration,
-        policy: &CapturePolicy,
-    ) -> Result<bool, CaptureError> {
-        loop {
-            let reading = self.parts.map.reading()?;
-            self.first = Some(reading);
-            if reading.nothing_in_flight() || policy.mutated(Mutation::NoInFlightCheck) {
-                return Ok(true);
-            }
-            if clock.monotonic() >= until {
-                return Ok(false);
-            }
-            clock.sleep(Duration::from_micros(100));
-        }
-    }
-
-    /// Reads the residual into memory.
-    fn fetch(&mut self, pace: &dyn Pace) -> Result<(), CaptureError> {
-        self.residual.clear();
-        let residual = &mut self.residual;
-        self.parts
-            .urgent
-            .read(&self.scan, self.unit, pace, &mut |offset, data| {
-                let start = residual.bytes.len();
-                residual.bytes.extend_from_slice(data);
-                residual.blocks.push((offset, start..start + data.len()));
-                Ok(())
-            })
-            .map_err(|source| self.read_error(source))?;
-        self.bytes_read += ranges::total(&self.scan);
-        Ok(())
-    }
-
-    fn check_tracking(&self) -> Result<(), CaptureError> {
-        let ends = |reason| {
-            Err(CaptureError::GenerationEnds {
-                volume: self.name(),
-                reason,
-            })
-        };
-        match self.parts.map.tracking() {
-            Tracking::Complete => Ok(()),
-            Tracking::Tainted(reason) => ends(reason),
-            Tracking::Detached => ends(GenerationEnd::GapMiss),
-        }
-    }
-
-    fn check_marks(&self, now: &Misses, policy: &CapturePolicy) -> Result<(), CaptureError> {
-        if policy.mutated(Mutation::IgnoreDoubleMiss) {
-            return Ok(());
-        }
-        match select::judge(&self.reference, self.kind, &self.start, now) {
-            Marks::Reliable => Ok(()),
-            Marks::Lost => Err(CaptureError::GenerationEnds {
-                volume: self.name(),
-                reason: GenerationEnd::GapMiss,
-            }),
-            Marks::StartOver => Err(CaptureError::MissedBeforeFirstCut {
-                volume: self.name(),
-            }),
-        }
-    }
-
-    /// After the second reading: whether the map told the whole truth about the same device.
-    fn check_truth(&self, policy: &CapturePolicy) -> Result<(), CaptureError> {
-        self.check_tracking()?;
-        let map = self.parts.map;
-        if map.generation() != self.generation || map.volume_bytes() != self.bytes {
-            return Err(CaptureError::GenerationChanged {
-                volume: self.name(),
-            });
-        }
-        let misses = self.first.map(|first| first.misses).unwrap_or_default();
-        self.check_marks(&misses, policy)
-    }
-
-    fn cut(&self, level: Level, policy: &CapturePolicy) -> VolumeCut {
-        let misses = self.first.map(|first| first.misses).unwrap_or_default();
-        VolumeCut {
-            volume: self.name(),
-            volume_bytes: self.bytes,
-            kind: self.kind,
-            level,
-            record: CutRecord {
-                generation: self.generation,
-                epoch: self.epoch,
-                since_next: select::since_next(&self.reference, self.epoch, &misses, |m| {
-                    policy.mutated(m)
-                }),
-                misses,
-            },
-            bytes_read: self.bytes_read,
-        }
-    }
-}
-
-impl Residual {
-    fn clear(&mut self) {
-        self.bytes.clear();
-        self.blocks.clear();
-    }
-}
-
-/// Ends reads once the pause is over.
-pub(super) struct DeadlinePace<'a> {
-    pub(super) clock: &'a dyn Clock,
-    pub(super) until: Duration,
-}
-
-impl Pace for DeadlinePace<'_> {
-    fn before(&self, _bytes: u64) -> io::Result<()> {
-        if self.clock.monotonic() < self.until {
-            return Ok(());
-        }
-        Err(io::Error::new(
-            io::ErrorKind::TimedOut,
-            "the pause budget ran out",
-        ))
-    }
-}
-
-/// Measures how long another pace held the reads back, so that bandwidth is not mistaken for budget.
-struct TimedPace<'a> {
-    inner: &'a dyn Pace,
-    clock: &'a dyn Clock,
-    waited_ns: AtomicU64,
-}
-
-impl<'a> TimedPace<'a> {
-    fn new(inner: &'a dyn Pace, clock: &'a dyn Clock) -> Self {
-        Self {
-            inner,
-            clock,
-            waited_ns: AtomicU64::new(0),
-        }
-    }
-
-    fn waited(&self) -> Duration {
-        Duration::from_nanos(self.waited_ns.load(Ordering::Relaxed))
-    }
-}
-
-impl Pace for TimedPace<'_> {
-    fn before(&self, bytes: u64) -> io::Result<()> {
-        let began = self.clock.monotonic();
-        let result = self.inner.before(bytes);
-        let waited = (self.clock.monotonic() - began).as_nanos() as u64;
-        self.waited_ns.fetch_add(waited, Ordering::Relaxed);
-        result
-    }
 }

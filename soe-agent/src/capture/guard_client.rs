@@ -18,7 +18,7 @@ use super::mounts::Superblock;
 /// Assumed of a filesystem that was never frozen and has just been flushed.
 const FIRST_ESTIMATE: Duration = Duration::from_millis(15);
 
-/// A running guard process. One freeze at a time.
+/// A running guard process. One freeze at a time; after [`FreezeError::Guard`] a new one is needed.
 pub struct FreezeGuard {
     line: Mutex<Line>,
     marker: Option<PathBuf>,
@@ -29,6 +29,8 @@ pub struct FreezeGuard {
 struct Line {
     socket: OwnedFd,
     child: Child,
+    /// Which preparation the guard is in.
+    prepared: u64,
 }
 
 fn guard_error(what: &'static str) -> impl Fn(io::Error) -> FreezeError {
@@ -59,6 +61,7 @@ impl FreezeGuard {
             line: Mutex::new(Line {
                 socket: ours,
                 child,
+                prepared: 0,
             }),
             marker,
             seen: Mutex::default(),
@@ -85,6 +88,20 @@ impl FreezeGuard {
         superblocks: Vec<Superblock>,
         volumes: usize,
     ) -> Result<GuardFreezer<'_>, FreezeError> {
+        let prepared = self.prepare_on(&mut self.line(), &superblocks)?;
+        Ok(GuardFreezer {
+            guard: self,
+            superblocks,
+            volumes,
+            prepared: Mutex::new(prepared),
+        })
+    }
+
+    fn prepare_on(
+        &self,
+        line: &mut Line,
+        superblocks: &[Superblock],
+    ) -> Result<Prepared, FreezeError> {
         let failed = guard_error("prepare");
         if superblocks.len() > MAX_SUPERBLOCKS {
             return Err(failed(io::Error::other(format!(
@@ -99,7 +116,7 @@ impl FreezeGuard {
             superblocks.iter().map(|s| s.folder.as_fd()).collect();
         descriptors.push(page.as_fd());
         let depths = superblocks.iter().map(|s| s.depth).collect();
-        let line = self.line();
+        line.prepared += 1;
         send(&line.socket, &Ask::Prepare(depths).encode(), &descriptors).map_err(&failed)?;
         match answer(&line.socket).map_err(&failed)? {
             Answer::Ready { locked } => {
@@ -111,11 +128,8 @@ impl FreezeGuard {
             }
             other => return Err(failed(unexpected(other))),
         }
-        drop(line);
-        Ok(GuardFreezer {
-            guard: self,
-            superblocks,
-            volumes,
+        Ok(Prepared {
+            number: line.prepared,
             marker,
         })
     }
@@ -153,13 +167,28 @@ pub struct GuardFreezer<'g> {
     guard: &'g FreezeGuard,
     superblocks: Vec<Superblock>,
     volumes: usize,
+    prepared: Mutex<Prepared>,
+}
+
+/// A preparation of the guard, and the page it notes its states in.
+struct Prepared {
+    number: u64,
     marker: Marker,
 }
 
 impl GuardFreezer<'_> {
+    /// Whether there is nothing to freeze. A capture is better given no freezer then.
+    pub fn is_empty(&self) -> bool {
+        self.superblocks.is_empty()
+    }
+
     /// Mount points of what is frozen.
     pub fn mounts(&self) -> impl Iterator<Item = &Path> {
         self.superblocks.iter().map(|s| s.mount.as_path())
+    }
+
+    fn prepared(&self) -> MutexGuard<'_, Prepared> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn learn(&self, took: Duration) {
@@ -191,10 +220,11 @@ impl GuardFreezer<'_> {
     fn rescue(&self, line: &mut Line) {
         let _ = line.child.kill();
         let _ = line.child.wait();
+        let marker = &self.prepared().marker;
         for (index, superblock) in self.superblocks.iter().enumerate().rev() {
-            if self.marker.get(index) != Mark::Free {
+            if marker.get(index) != Mark::Free {
                 super::guard::thaw_surely(superblock.folder.as_fd());
-                self.marker.set(index, Mark::Free);
+                marker.set(index, Mark::Free);
                 tracing::error!(mount = %superblock.mount.display(), "thawed after the freeze guard was lost");
             }
         }
@@ -204,7 +234,8 @@ impl GuardFreezer<'_> {
 impl Drop for GuardFreezer<'_> {
     /// Lets the guard close the mount points: open ones could not be unmounted.
     fn drop(&mut self) {
-        let line = self.guard.line();
+        let mut line = self.guard.line();
+        line.prepared += 1;
         let released = marker::create(self.guard.marker.as_deref(), &[])
             .and_then(|page| send(&line.socket, &Ask::Prepare(Vec::new()).encode(), &[page.as_fd()]))
             .and_then(|()| answer(&line.socket));
@@ -240,6 +271,11 @@ impl VolumeFreezer for GuardFreezer<'_> {
 
     fn freeze(&self, hold: Duration) -> Result<Box<dyn Hold + '_>, FreezeError> {
         let mut line = self.guard.line();
+        // Another group may have been prepared since: its filesystems must not be frozen for ours.
+        if self.prepared().number != line.prepared {
+            let anew = self.guard.prepare_on(&mut line, &self.superblocks)?;
+            *self.prepared() = anew;
+        }
         let result = send(&line.socket, &Ask::Freeze(hold).encode(), &[])
             .and_then(|()| answer(&line.socket));
         match result {

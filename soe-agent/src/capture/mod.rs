@@ -18,6 +18,10 @@ pub mod select;
 
 pub mod ranges;
 
+mod volume;
+
+mod pace;
+
 pub mod attempt;
 
 pub mod run;
@@ -45,3 +49,5 @@ pub use types::{
     CaptureParts, CapturePolicy, CaptureRequest, CutRecord, GroupCut, LayerKind, Level, Method,
     VolumeCut, VolumeParts,
 };
+/// The identity of a generation.
+pub use uuid::Uuid;

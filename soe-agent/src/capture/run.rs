@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use super::attempt::{Attempt, DeadlinePace, Moved, Window};
+use super::attempt::{Attempt, Moved, Window};
 use super::error::CaptureError;
 use super::freezer::{FreezeError, VolumeFreezer};
+use super::pace::DeadlinePace;
 use super::sink::LayerSink;
 use super::types::{CaptureParts, CapturePolicy, CaptureRequest, GroupCut, Level, Method};
 use crate::seam::Unpaced;
@@ -142,8 +143,15 @@ impl Capture<'_, '_> {
             if self.attempt.looks_quiet()? {
                 self.tries += 1;
                 let tried = self.attempt.window(&Unpaced, Duration::ZERO, &mut || ())?;
+                if self.attempt.window_unsettled() {
+                    return Ok(None);
+                }
                 if let Ok(window) = tried {
                     return Ok(Some(window));
+                }
+                // A smaller rest makes the next window shorter.
+                if pending > limit / 16 && self.attempt.converging() {
+                    self.attempt.pass(sink)?;
                 }
             }
             clock.sleep(backoff);
@@ -159,7 +167,11 @@ impl Capture<'_, '_> {
         sink: &mut dyn LayerSink,
     ) -> Result<(Window, bool), CaptureError> {
         let mut last = Moved::InFlight;
-        for _ in 0..self.policy.freeze_tries {
+        for nth in 0..self.policy.freeze_tries {
+            if nth > 0 {
+                // Whoever wrote past the freeze, or was held by it, gets time to finish.
+                self.parts.clock.sleep(self.policy.backoff_max);
+            }
             let pending = self.until_it_fits(freezer, sink)?;
             self.attempt.make_room(pending);
             self.tries += 1;

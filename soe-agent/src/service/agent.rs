@@ -35,6 +35,8 @@ use crate::window::{Name, VolumeWindow};
 
 /// How long after the last failed write a path is trusted again: longer than drivers retry.
 const PATH_SETTLES_AFTER: Duration = Duration::from_secs(60);
+/// Where no limit is configured: what the latency guard takes for full speed.
+const FASTEST: u64 = 2 << 30;
 /// Items a slow watcher may be behind.
 const WATCH_BACKLOG: usize = 1024;
 
@@ -232,10 +234,7 @@ impl Agent {
         let volume = volumes::resolve(std::path::Path::new(name))?;
         let (track, began) = self.tracker.track(&volume.disk)?;
         let map = SliceMap::new(track.clone(), name, volume.start, volume.end)?;
-        let rate = match self.config.limits.capture_bandwidth {
-            Bandwidth::Auto => u64::MAX,
-            Bandwidth::BytesPerSecond(rate) => rate,
-        };
+        let rate = self.ceiling();
         // Why a generation began while nobody looked, if one did: the newest layer knows the old one.
         let reason = match began {
             Some(GenerationEnd::Resize) => GenerationEnd::Resize,
@@ -264,6 +263,14 @@ impl Agent {
         });
         lock(&self.entries).insert(name.to_string(), entry.clone());
         Ok(entry)
+    }
+
+    /// Bytes a second that background reads of one volume may take at most.
+    pub(super) fn ceiling(&self) -> u64 {
+        match self.config.limits.capture_bandwidth {
+            Bandwidth::Auto => FASTEST,
+            Bandwidth::BytesPerSecond(rate) => rate,
+        }
     }
 
     /// Tells the brain of a group, with what its layers say of the time before.

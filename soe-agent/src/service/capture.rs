@@ -2,10 +2,12 @@
 //! the outcome.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::agent::{Agent, Entry, lock};
 use super::report::{layer_info, layer_row};
+use super::sampler::{WindowOf, window};
 use super::sink::{StoreSink, VolumeFacts, base_of};
 use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{LayerInfo, WatchEvent};
@@ -14,9 +16,15 @@ use crate::capture::{
     CaptureError, CaptureParts, CapturePolicy, CaptureRequest, FreezeError, FreezeGuard, VolumeFreezer, VolumeParts,
     capture_group,
 };
+use crate::govern::{GuardLimits, LatencyGuard};
 use crate::io::{ReadOptions, VolumeSpec, open_reader};
 use crate::plan::{CaptureHints, CaptureKind, Event};
 use crate::seam::{BlockReader, ChangeMap, Clock, GenerationEnd, Pace, Tracking};
+
+/// How often the foreground's latency is looked at during a capture.
+const GUARD_EVERY: Duration = Duration::from_millis(100);
+/// A 99th percentile below this counts as unharmed where the group names no target.
+const UNHARMED: Duration = Duration::from_millis(20);
 
 /// Why a capture did not become a layer, with what the caller is told.
 struct Failed {
@@ -170,7 +178,17 @@ impl Agent {
                 ..CapturePolicy::default()
             },
         };
-        let cut = capture_group(&parts, &request, &mut sink).map_err(|error| self.capture_failed(&entries, error))?;
+        let done = AtomicBool::new(false);
+        let cut = std::thread::scope(|scope| {
+            for entry in &entries {
+                let target = hints.p99_target;
+                scope.spawn(|| self.guard_foreground(entry, target, &done));
+            }
+            let cut = capture_group(&parts, &request, &mut sink);
+            done.store(true, Ordering::SeqCst);
+            cut
+        })
+        .map_err(|error| self.capture_failed(&entries, error))?;
         let Some(manifest) = sink.manifest.take() else {
             return Err(Failed { kind: ErrorKind::Internal, message: "the capture ended without a manifest".into() });
         };
@@ -201,6 +219,37 @@ impl Agent {
                 .observe([group, first.method.as_str()], Duration::from_micros(first.pause_us).as_secs_f64());
         }
         Ok(layers)
+    }
+
+    /// Sets the pace of a capture by what the volume's own users feel, until `done`.
+    fn guard_foreground(&self, entry: &Entry, target: Option<Duration>, done: &AtomicBool) {
+        let ceiling = self.ceiling();
+        let latency = |window: &crate::window::VolumeWindow| {
+            let p99 = |stats: &crate::window::DirectionStats| stats.latency.as_ref().map(|l| Duration::from_nanos(l.p99));
+            p99(&window.read).max(p99(&window.write))
+        };
+        // Without a target: what the users felt before the capture, with room for noise.
+        let before = lock(&entry.sampling).window.as_ref().and_then(latency);
+        let target = target.unwrap_or_else(|| (before.unwrap_or_default() * 4).max(UNHARMED));
+        let mut guard = LatencyGuard::new(GuardLimits::new(target, ceiling));
+        entry.pace.set_rate(guard.rate());
+        let mut last = entry.track.stats().ok();
+        while !done.load(Ordering::SeqCst) {
+            self.clock.sleep(GUARD_EVERY);
+            let now = entry.track.stats().ok();
+            if let (Some(last), Some(now)) = (&last, &now) {
+                let of = WindowOf {
+                    start: 0,
+                    interval: i64::try_from(GUARD_EVERY.as_nanos()).unwrap_or(1),
+                    host: Default::default(),
+                    volume: Default::default(),
+                    device_id: Default::default(),
+                };
+                entry.pace.set_rate(guard.observe(latency(&window(of, last, now))));
+            }
+            last = now;
+        }
+        entry.pace.set_rate(ceiling);
     }
 
     /// Ends the generation of a volume whose map may lack changes, also when its counters and the

@@ -1,19 +1,22 @@
 //! The heartbeat: samples the volumes, closes windows and bins, lets the brain decide, carries out
 //! its commands.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+
+use soe_common::record::{CgroupKey, CgroupStats};
 
 use super::agent::{Agent, Entry, lock};
 use super::sampler::{WindowOf, window};
 use crate::api::types::{self, LoadSample, WatchEvent};
 use crate::io::{ReadOptions, VolumeSpec, open_reader};
 use crate::model::{Forecaster, LoadBin, QuantileForecast, SHORT_HORIZON, VolumeName};
+use crate::observe::cgroups;
 use crate::plan::{Command, Event};
 use crate::seam::{ByteRange, ChangeMap, Clock, UnixNanos};
-use crate::window::{DecisionRow, ForecastRow, RegionHeatRow, StagingRow, VolumeWindow, floor_to};
+use crate::window::{AppStatsRow, DecisionRow, ForecastRow, RegionHeatRow, StagingRow, VolumeWindow, floor_to};
 
 /// Between two rounds of compaction and retention.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(300);
@@ -30,6 +33,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let (mut ticked, mut maintained) = (clock.monotonic(), clock.monotonic());
     let mut heat_at = clock.monotonic();
     let mut sampled = clock.monotonic();
+    let mut apps = HashMap::new();
     while !agent.stopping() {
         let next = (sampled + agent.config.history.interval).min(ticked + agent.config.plan.tick);
         let now = clock.monotonic();
@@ -46,6 +50,9 @@ pub(super) fn beat(agent: &Arc<Agent>) {
             }
             for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
                 sample(agent, &entry, heat);
+            }
+            if heat {
+                sample_apps(agent, &mut apps);
             }
             if let Err(error) = agent.history.tick() {
                 tracing::warn!(%error, "the history could not be written; its rows wait in memory");
@@ -167,6 +174,50 @@ fn heat_rows(
         });
     }
     rows
+}
+
+/// What every control group did since the last time: rows of `app_stats`.
+fn sample_apps(agent: &Agent, before: &mut HashMap<CgroupKey, CgroupStats>) {
+    let counts = match agent.tracker.cgroups() {
+        Ok(counts) => counts,
+        Err(error) => return tracing::warn!(%error, "no statistics by control group"),
+    };
+    let names = cgroups::paths();
+    let entries: Vec<Arc<Entry>> = lock(&agent.entries).values().cloned().collect();
+    let interval = nanos(agent.config.history.region_interval);
+    let ts = agent.clock.now() - interval;
+    let mut rows = Vec::new();
+    for (key, now) in &counts {
+        // A cgroup that was evicted from the map begins at zero again.
+        let old = before.get(key).filter(|old| old.read_ops <= now.read_ops && old.write_ops <= now.write_ops);
+        let old = old.copied().unwrap_or_default();
+        if now == &old {
+            continue;
+        }
+        let path = names.get(&key.cgroup).cloned().unwrap_or_else(|| key.cgroup.to_string());
+        let app = agent.config.host.app.iter().find(|app| {
+            path == app.cgroup || path.starts_with(&format!("{}/", app.cgroup.trim_end_matches('/')))
+        });
+        for entry in entries.iter().filter(|entry| entry.track.slot() == key.slot) {
+            rows.push(AppStatsRow {
+                ts,
+                interval,
+                volume: entry.name.as_str().into(),
+                cgroup: path.as_str().into(),
+                app: app.map(|app| app.kind.as_str().into()),
+                unit: cgroups::unit_of(&path).map(Into::into),
+                container: cgroups::container_of(&path).map(Into::into),
+                read_ops: now.read_ops - old.read_ops,
+                write_ops: now.write_ops - old.write_ops,
+                read_bytes: now.read_bytes.saturating_sub(old.read_bytes),
+                write_bytes: now.write_bytes.saturating_sub(old.write_bytes),
+            });
+        }
+    }
+    *before = counts.into_iter().collect();
+    if let Err(error) = agent.history.append(&rows) {
+        tracing::warn!(%error, "the history could not be written; its rows wait in memory");
+    }
 }
 
 /// Metrics and watchers.

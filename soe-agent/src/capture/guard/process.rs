@@ -175,6 +175,7 @@ impl Guard {
         let began = Instant::now();
         let mut gone = false;
         let mut failure = None;
+        slots.slots.iter().for_each(|slot| slot.reset());
         let deepest = slots.slots.iter().map(|s| s.depth).max().unwrap_or(0);
         'freezing: for depth in 0..=deepest {
             for slot in slots.slots.iter().filter(|s| s.depth == depth) {

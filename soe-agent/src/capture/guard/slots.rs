@@ -64,6 +64,14 @@ impl Slot {
         self.shared.inner().state
     }
 
+    /// Forgets how the last freeze ended.
+    pub(super) fn reset(&self) {
+        let mut inner = self.shared.inner();
+        if inner.state.settled() && inner.state != State::Frozen {
+            inner.state = State::Idle;
+        }
+    }
+
     /// Begins to freeze.
     pub(super) fn freeze(&self) {
         let mut inner = self.shared.inner();

@@ -1,0 +1,244 @@
+//! One volume under capture: what it was last read by, and what the change map says of it.
+
+use std::io;
+use std::ops::Range;
+use std::time::Duration;
+
+use soe_common::Epoch;
+use uuid::Uuid;
+
+use super::error::CaptureError;
+use super::ranges;
+use super::select::{self, Marks, Reference};
+use super::types::{CapturePolicy, CutRecord, LayerKind, Level, Mutation, VolumeCut, VolumeParts};
+use crate::seam::{ByteRange, Clock, GenerationEnd, Misses, Pace, Reading, Tracking};
+
+/// One volume under capture.
+pub(super) struct Volume<'a> {
+    pub(super) parts: VolumeParts<'a>,
+    pub(super) unit: u32,
+    pub(super) bytes: u64,
+    pub(super) generation: Uuid,
+    pub(super) kind: LayerKind,
+    pub(super) reference: Reference,
+    pub(super) start: Misses,
+    /// The next scan takes stamps of this epoch or later; `None` takes everything.
+    pub(super) since: Option<Epoch>,
+    /// Completions missed before the reads that `since` stands for began.
+    pub(super) missed_before: u64,
+    pub(super) bytes_read: u64,
+    /// The try under way.
+    pub(super) epoch: Epoch,
+    pub(super) first: Option<Reading>,
+    pub(super) scan: Vec<ByteRange>,
+    pub(super) residual: Residual,
+}
+
+/// Blocks held in memory: offset of the block and place of its bytes.
+#[derive(Default)]
+pub(super) struct Residual {
+    pub(super) bytes: Vec<u8>,
+    pub(super) blocks: Vec<(u64, Range<usize>)>,
+}
+
+impl<'a> Volume<'a> {
+    pub(super) fn begin(
+        parts: VolumeParts<'a>,
+        baseline: bool,
+        policy: &CapturePolicy,
+    ) -> Result<Self, CaptureError> {
+        let map = parts.map;
+        let unit = map.block_size();
+        let bytes = map.volume_bytes();
+        let bad = |what: String| CaptureError::BadVolume {
+            volume: map.volume().to_owned(),
+            what,
+        };
+        if unit == 0 {
+            return Err(bad("its change map has blocks of no size".to_owned()));
+        }
+        for reader in [parts.reader, parts.urgent] {
+            if reader.len() != bytes {
+                return Err(bad(format!(
+                    "its change map covers {bytes} bytes, but {} can be read; it was resized, detach and attach it",
+                    reader.len()
+                )));
+            }
+        }
+        let generation = map.generation();
+        let (kind, since) = select::layer_kind(baseline, parts.base.as_ref(), generation);
+        let start = map.reading()?.misses;
+        let volume = Self {
+            unit,
+            bytes,
+            generation,
+            kind,
+            reference: Reference::new(parts.base.as_ref(), generation),
+            start,
+            since,
+            missed_before: start.complete,
+            bytes_read: 0,
+            epoch: Epoch::FIRST,
+            first: None,
+            scan: Vec::new(),
+            residual: Residual::default(),
+            parts,
+        };
+        volume.check_tracking()?;
+        volume.check_marks(&start, policy)?;
+        Ok(volume)
+    }
+
+    pub(super) fn name(&self) -> String {
+        self.parts.map.volume().to_owned()
+    }
+
+    pub(super) fn unsettled(&self, now: &Misses) -> bool {
+        now.failed_writes > self.parts.settled_failures
+    }
+
+    /// The totals at the first reading of the window.
+    pub(super) fn misses(&self) -> Misses {
+        self.first.map(|first| first.misses).unwrap_or_default()
+    }
+
+    pub(super) fn read_error(&self, source: io::Error) -> CaptureError {
+        match source.kind() {
+            io::ErrorKind::Interrupted => CaptureError::Cancelled,
+            _ => CaptureError::Read {
+                volume: self.name(),
+                source,
+            },
+        }
+    }
+
+    /// What has to be read again, in whole blocks of the layer. `now` are the totals before the scan.
+    pub(super) fn scan(
+        &self,
+        now: &Misses,
+        policy: &CapturePolicy,
+    ) -> Result<Vec<ByteRange>, CaptureError> {
+        let missed = now.complete > self.missed_before && !policy.mutated(Mutation::TrustPasses);
+        let since = self.since.map(|since| match missed {
+            true => since.min(self.reference.epoch),
+            false => since,
+        });
+        Ok(match since {
+            None if self.bytes == 0 => Vec::new(),
+            None => vec![ByteRange::new(0, self.bytes)],
+            Some(since) => {
+                let changed = self.parts.map.changed_since(since)?;
+                ranges::widen(&changed, self.unit, self.bytes)
+            }
+        })
+    }
+
+    pub(super) fn take_first(
+        &mut self,
+        clock: &dyn Clock,
+        until: Duration,
+        policy: &CapturePolicy,
+    ) -> Result<bool, CaptureError> {
+        loop {
+            let reading = self.parts.map.reading()?;
+            self.first = Some(reading);
+            if reading.nothing_in_flight() || policy.mutated(Mutation::NoInFlightCheck) {
+                return Ok(true);
+            }
+            if clock.monotonic() >= until {
+                return Ok(false);
+            }
+            clock.sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// Reads the residual into memory.
+    pub(super) fn fetch(&mut self, pace: &dyn Pace) -> Result<(), CaptureError> {
+        self.residual.clear();
+        let residual = &mut self.residual;
+        self.parts
+            .urgent
+            .read(&self.scan, self.unit, pace, &mut |offset, data| {
+                let start = residual.bytes.len();
+                residual.bytes.extend_from_slice(data);
+                residual.blocks.push((offset, start..start + data.len()));
+                Ok(())
+            })
+            .map_err(|source| self.read_error(source))?;
+        self.bytes_read += ranges::total(&self.scan);
+        Ok(())
+    }
+
+    pub(super) fn check_tracking(&self) -> Result<(), CaptureError> {
+        let ends = |reason| {
+            Err(CaptureError::GenerationEnds {
+                volume: self.name(),
+                reason,
+            })
+        };
+        match self.parts.map.tracking() {
+            Tracking::Complete => Ok(()),
+            Tracking::Tainted(reason) => ends(reason),
+            Tracking::Detached => ends(GenerationEnd::GapMiss),
+        }
+    }
+
+    pub(super) fn check_marks(
+        &self,
+        now: &Misses,
+        policy: &CapturePolicy,
+    ) -> Result<(), CaptureError> {
+        if policy.mutated(Mutation::IgnoreDoubleMiss) {
+            return Ok(());
+        }
+        match select::judge(&self.reference, self.kind, &self.start, now) {
+            Marks::Reliable => Ok(()),
+            Marks::Lost => Err(CaptureError::GenerationEnds {
+                volume: self.name(),
+                reason: GenerationEnd::GapMiss,
+            }),
+            Marks::StartOver => Err(CaptureError::MissedBeforeFirstCut {
+                volume: self.name(),
+            }),
+        }
+    }
+
+    /// After the second reading: whether the map told the whole truth about the same device.
+    pub(super) fn check_truth(&self, policy: &CapturePolicy) -> Result<(), CaptureError> {
+        self.check_tracking()?;
+        let map = self.parts.map;
+        if map.generation() != self.generation || map.volume_bytes() != self.bytes {
+            return Err(CaptureError::GenerationChanged {
+                volume: self.name(),
+            });
+        }
+        let misses = self.misses();
+        self.check_marks(&misses, policy)
+    }
+
+    pub(super) fn cut(&self, level: Level, policy: &CapturePolicy) -> VolumeCut {
+        let misses = self.misses();
+        VolumeCut {
+            volume: self.name(),
+            volume_bytes: self.bytes,
+            kind: self.kind,
+            level,
+            record: CutRecord {
+                generation: self.generation,
+                epoch: self.epoch,
+                since_next: select::since_next(&self.reference, self.epoch, &misses, |m| {
+                    policy.mutated(m)
+                }),
+                misses,
+            },
+            bytes_read: self.bytes_read,
+        }
+    }
+}
+
+impl Residual {
+    pub(super) fn clear(&mut self) {
+        self.bytes.clear();
+        self.blocks.clear();
+    }
+}
