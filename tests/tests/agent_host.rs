@@ -217,8 +217,6 @@ fn a_stop_leaves_a_complete_history() {
     let mut soe = Soe::new("stop", "");
     soe.start();
     soe.group("g", &[disk.node()]);
-    // The first reading is where the windows begin.
-    std::thread::sleep(Duration::from_millis(1500));
     let file = open_direct(&disk.path).unwrap();
     let mut written = 0;
     let until = Instant::now() + Duration::from_millis(3300);

@@ -46,6 +46,7 @@ pub(super) fn service_error(error: ServiceError) -> EngineError {
     let kind = match &error {
         ServiceError::Tracker(crate::observe::TrackerError::NoVolume { .. }) => ErrorKind::InvalidArgument,
         ServiceError::Tracker(crate::observe::TrackerError::Full { .. }) => ErrorKind::Exhausted,
+        refusal if refusal.is_refusal() => ErrorKind::Unsafe,
         _ => ErrorKind::Internal,
     };
     EngineError::new(kind, error.to_string())
