@@ -70,7 +70,14 @@ fn without_an_agent_clients_say_so() {
         vec!["group", "list"],
         vec!["volumes"],
         vec!["layer", "capture", "g"],
-        vec!["restore", "g", "--volume", "/dev/loop0", "--to", "/dev/null"],
+        vec![
+            "restore",
+            "g",
+            "--volume",
+            "/dev/loop0",
+            "--to",
+            "/dev/null",
+        ],
         vec!["stage", "status", "/dev/loop0"],
     ] {
         let why = soe.run(&verb).refused(3);
@@ -82,7 +89,11 @@ fn without_an_agent_clients_say_so() {
 fn a_bad_configuration_names_its_line() {
     need_kernel!();
     for (more, line, word) in [
-        ("[history]\ninterval = \"1s\"\nintervall = \"2s\"", "9", "intervall"),
+        (
+            "[history]\ninterval = \"1s\"\nintervall = \"2s\"",
+            "9",
+            "intervall",
+        ),
         ("[history]\ninterval = \"1 fortnight\"", "8", "fortnight"),
         ("[limits]\ncpu = 0", "8", "cpu"),
         ("[nonsense]\n", "7", "nonsense"),
@@ -90,7 +101,10 @@ fn a_bad_configuration_names_its_line() {
     ] {
         let soe = Soe::new("config", more);
         let why = soe.start_in_vain().refused(2);
-        assert!(why.contains(&format!(":{line}:")) || why.contains(&format!("line {line}")), "{why}");
+        assert!(
+            why.contains(&format!(":{line}:")) || why.contains(&format!("line {line}")),
+            "{why}"
+        );
         assert!(why.contains(word), "{why}");
         assert!(!soe.state().exists(), "nothing was begun");
     }
@@ -125,7 +139,10 @@ fn a_second_agent_is_refused() {
         .unwrap();
     let said = String::from_utf8_lossy(&third.stderr).into_owned();
     assert_eq!(third.status.code(), Some(4), "{said}");
-    assert!(said.contains("another agent") && !said.contains("panicked"), "{said}");
+    assert!(
+        said.contains("another agent") && !said.contains("panicked"),
+        "{said}"
+    );
 
     // None of them disturbed the first.
     first.capture("g");
@@ -141,7 +158,9 @@ fn what_does_not_exist_is_named() {
     soe.start();
     let file = soe.config().display().to_string();
     for path in ["/dev/soe-has-no-such-device", &file, "/dev/null"] {
-        let why = soe.run(&["group", "create", "g", "--volume", path]).refused(2);
+        let why = soe
+            .run(&["group", "create", "g", "--volume", path])
+            .refused(2);
         assert!(why.contains(path), "{why}");
     }
     for verb in [
@@ -155,20 +174,43 @@ fn what_does_not_exist_is_named() {
         assert!(why.contains('g') && why.contains("group"), "{why}");
     }
     soe.group("g", &[disk.node()]);
-    let why = soe.run(&["group", "create", "g", "--volume", disk.node()]).refused(1);
+    let why = soe
+        .run(&["group", "create", "g", "--volume", disk.node()])
+        .refused(1);
     assert!(why.contains("already"), "{why}");
-    let why = soe.run(&["group", "create", "h", "--volume", disk.node()]).refused(1);
+    let why = soe
+        .run(&["group", "create", "h", "--volume", disk.node()])
+        .refused(1);
     assert!(why.contains(disk.node()), "{why}");
     let to = soe.dir.path().join("image").display().to_string();
-    soe.run(&["restore", "g", "--volume", disk.node(), "--to", &to]).refused(1);
-    soe.capture("g");
-    soe.run(&["restore", "g", "--volume", disk.node(), "--layer", "0123456789abcdef", "--to", &to])
+    soe.run(&["restore", "g", "--volume", disk.node(), "--to", &to])
         .refused(1);
+    soe.capture("g");
+    soe.run(&[
+        "restore",
+        "g",
+        "--volume",
+        disk.node(),
+        "--layer",
+        "0123456789abcdef",
+        "--to",
+        &to,
+    ])
+    .refused(1);
     // A restore never writes onto a volume that is being captured, nor onto a mounted one.
-    soe.run(&["restore", "g", "--volume", disk.node(), "--to", disk.node()]).refused(4);
+    soe.run(&["restore", "g", "--volume", disk.node(), "--to", disk.node()])
+        .refused(4);
     let other = LoopDevice::new(32 * MIB).unwrap();
     let mounted = Mounted::new(&other.path, "ext4").unwrap();
-    soe.run(&["restore", "g", "--volume", disk.node(), "--to", other.node()]).refused(4);
+    soe.run(&[
+        "restore",
+        "g",
+        "--volume",
+        disk.node(),
+        "--to",
+        other.node(),
+    ])
+    .refused(4);
     mounted.unmount().unwrap();
     assert_eq!(soe.terminate(), 0);
 }
@@ -180,11 +222,22 @@ fn a_volume_that_holds_the_store_is_refused() {
     let plain = LoopDevice::new(32 * MIB).unwrap();
     let mounted = Mounted::new(&disk.path, "ext4").unwrap();
     let store = mounted.path().join("store");
-    let mut soe = Soe::new("own", &format!("[store]\ndir = \"{}\"\nmin_free = \"16MiB\"", store.display()));
+    let mut soe = Soe::new(
+        "own",
+        &format!(
+            "[store]\ndir = \"{}\"\nmin_free = \"16MiB\"",
+            store.display()
+        ),
+    );
     soe.start();
-    let why = soe.run(&["group", "create", "g", "--volume", disk.node()]).refused(4);
+    let why = soe
+        .run(&["group", "create", "g", "--volume", disk.node()])
+        .refused(4);
     assert!(why.contains(&*store.to_string_lossy()), "{why}");
-    assert_eq!(soe.run(&["group", "list", "--json"]).json()["groups"], serde_json::json!([]));
+    assert_eq!(
+        soe.run(&["group", "list", "--json"]).json()["groups"],
+        serde_json::json!([])
+    );
     soe.group("g", &[plain.node()]);
     let why = soe.run(&["group", "update", "g", "--add-volume", disk.node()]);
     // The verb may lack the option; what counts is that the volume stays out.
@@ -207,13 +260,17 @@ fn a_damaged_layer_is_found_and_the_agent_starts() {
     soe.capture("g");
     soe.run(&["layer", "verify", "g"]).ok();
     let manifests = files(&soe.state().join("store"), &|name| name.starts_with("m-"));
-    let segments = files(&soe.state().join("store"), &|name| name.ends_with(".segment"));
+    let segments = files(&soe.state().join("store"), &|name| {
+        name.ends_with(".segment")
+    });
     assert_eq!((manifests.len(), segments.len()), (2, 2));
     for file in [&segments[1], &manifests[1], &manifests[0]] {
         let whole = std::fs::read(file).unwrap();
         damage(file);
         let store = soe.state().join("store").display().to_string();
-        let why = soe.run(&["layer", "verify", "g", "--store", &store]).refused(5);
+        let why = soe
+            .run(&["layer", "verify", "g", "--store", &store])
+            .refused(5);
         assert!(why.contains("problem") || why.contains("damage"), "{why}");
         soe.terminate();
         soe.clear_log();
@@ -221,7 +278,10 @@ fn a_damaged_layer_is_found_and_the_agent_starts() {
         soe.run(&["layer", "verify", "g"]).refused(5);
         if file.starts_with(manifests[0].parent().unwrap()) && manifests.contains(file) {
             let log = soe.log();
-            assert!(log.contains("WARN") || log.contains("ERROR"), "the start says it: {log}");
+            assert!(
+                log.contains("WARN") || log.contains("ERROR"),
+                "the start says it: {log}"
+            );
         }
         std::fs::write(file, whole).unwrap();
         soe.terminate();
@@ -237,13 +297,18 @@ fn a_damaged_layer_is_found_and_the_agent_starts() {
 fn a_damaged_history_is_left_out_and_the_agent_starts() {
     need_kernel!();
     let disk = LoopDevice::new(32 * MIB).unwrap();
-    let mut soe = Soe::new("history", "[history]\ninterval = \"100ms\"\n[model]\nbin = \"100ms\"\nseason = \"10s\"");
+    let mut soe = Soe::new(
+        "history",
+        "[history]\ninterval = \"100ms\"\n[model]\nbin = \"100ms\"\nseason = \"10s\"",
+    );
     soe.start();
     soe.group("g", &[disk.node()]);
     std::thread::sleep(Duration::from_secs(2));
     assert_eq!(soe.terminate(), 0);
     let parquet = |soe: &Soe| {
-        files(&soe.state().join("history/volume_stats"), &|name| name.ends_with(".parquet"))
+        files(&soe.state().join("history/volume_stats"), &|name| {
+            name.ends_with(".parquet")
+        })
     };
     let first = parquet(&soe).into_iter().next().expect("a file of windows");
     let whole = std::fs::read(&first).unwrap();
@@ -252,16 +317,27 @@ fn a_damaged_history_is_left_out_and_the_agent_starts() {
         soe.clear_log();
         soe.start();
         let log = soe.log();
-        assert!(log.contains("WARN") && log.contains(&*first.file_name().unwrap().to_string_lossy()), "{log}");
+        assert!(
+            log.contains("WARN") && log.contains(&*first.file_name().unwrap().to_string_lossy()),
+            "{log}"
+        );
         soe.capture("g");
         assert_eq!(soe.terminate(), 0);
     }
     let history = soe.state().join("history").display().to_string();
-    let ask = soe.run(&["sql", "--history", &history, "SELECT count(*) FROM volume_stats"]);
+    let ask = soe.run(&[
+        "sql",
+        "--history",
+        &history,
+        "SELECT count(*) FROM volume_stats",
+    ]);
     if ask.code != 0 {
         let code = ask.code;
         let why = ask.refused(code);
-        assert!(why.contains(&*first.file_name().unwrap().to_string_lossy()), "{why}");
+        assert!(
+            why.contains(&*first.file_name().unwrap().to_string_lossy()),
+            "{why}"
+        );
     }
 }
 
@@ -276,14 +352,23 @@ fn a_device_that_goes_away_is_reported_and_tracked_anew() {
     // The backing file ends while it is read: the device answers with errors.
     let mut capture = soe.spawn(&["layer", "capture", "g"]);
     std::thread::sleep(Duration::from_millis(1500));
-    let file = std::fs::OpenOptions::new().write(true).open(disk.backing()).unwrap();
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(disk.backing())
+        .unwrap();
     file.set_len(0).unwrap();
     drop_caches(&disk.path);
-    assert!(!capture.wait().unwrap().success(), "a capture of a device that fails does not succeed");
+    assert!(
+        !capture.wait().unwrap().success(),
+        "a capture of a device that fails does not succeed"
+    );
     let status = soe.run(&["group", "status", "g", "--json"]).json();
     let error = status["last_error"].as_str().expect("the failure is kept");
     assert!(error.contains(disk.node()), "{error}");
-    assert_eq!(soe.run(&["layer", "list", "g", "--json"]).json()["layers"], serde_json::json!([]));
+    assert_eq!(
+        soe.run(&["layer", "list", "g", "--json"]).json()["layers"],
+        serde_json::json!([])
+    );
     file.set_len(256 * MIB).unwrap();
     fill(&disk.path, 0, 16 * MIB);
     assert_eq!(soe.capture("g").len(), 1);
@@ -295,15 +380,27 @@ fn a_device_that_goes_away_is_reported_and_tracked_anew() {
     device::run("losetup", &["-d", disk.node()]).unwrap();
     let _ = capture.wait().unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
-    while Path::new(&format!("/sys/block/{}/loop", disk.node().trim_start_matches("/dev/"))).exists() {
-        assert!(Instant::now() < deadline, "the agent holds a device that was detached");
+    while Path::new(&format!(
+        "/sys/block/{}/loop",
+        disk.node().trim_start_matches("/dev/")
+    ))
+    .exists()
+    {
+        assert!(
+            Instant::now() < deadline,
+            "the agent holds a device that was detached"
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
     soe.run(&["group", "status", "g", "--json"]).ok();
     let why = soe.run(&["layer", "capture", "g"]).refused(1);
     assert!(why.contains(disk.node()), "{why}");
     // Back again, with other content.
-    device::run("losetup", &[disk.node(), &disk.backing().display().to_string()]).unwrap();
+    device::run(
+        "losetup",
+        &[disk.node(), &disk.backing().display().to_string()],
+    )
+    .unwrap();
     fill(&disk.path, 32 * MIB, 40 * MIB);
     let again = soe.run(&["layer", "capture", "g"]);
     if again.code != 0 {
@@ -328,7 +425,13 @@ fn a_full_store_fails_a_capture_and_harms_nothing() {
     let mounted = Mounted::new(&small.path, "ext4").unwrap();
     let store = mounted.path().join("store");
     fill(&disk.path, 0, 8 * MIB);
-    let mut soe = Soe::new("full", &format!("[store]\ndir = \"{}\"\nmin_free = \"16MiB\"", store.display()));
+    let mut soe = Soe::new(
+        "full",
+        &format!(
+            "[store]\ndir = \"{}\"\nmin_free = \"16MiB\"",
+            store.display()
+        ),
+    );
     soe.start();
     soe.group("g", &[disk.node()]);
     soe.capture("g");
@@ -341,7 +444,10 @@ fn a_full_store_fails_a_capture_and_harms_nothing() {
     }
     soe.run(&["layer", "verify", "g"]).ok();
     let status = soe.volume("g", disk.node());
-    assert_eq!((&status["layers"], &status["generation"]), (&1.into(), &generation));
+    assert_eq!(
+        (&status["layers"], &status["generation"]),
+        (&1.into(), &generation)
+    );
     // With less to store the next capture succeeds: the failed ones left nothing behind.
     device::run("blkdiscard", &["-o", &(24 * MIB).to_string(), disk.node()]).unwrap();
     let layer = &soe.capture("g")[0];

@@ -47,7 +47,9 @@ fn beside<T>(work: impl Fn() + Send + Sync, meanwhile: impl FnOnce() -> T) -> T 
 }
 
 fn text(value: &Value) -> &str {
-    value.as_str().unwrap_or_else(|| panic!("{value} is no text"))
+    value
+        .as_str()
+        .unwrap_or_else(|| panic!("{value} is no text"))
 }
 
 #[test]
@@ -96,7 +98,10 @@ fn a_group_is_captured_listed_restored_and_verified() {
             .map(|l| l["sequence"].as_u64().unwrap())
             .collect();
         assert_eq!(sequence, [1, 2, 3], "oldest first");
-        assert_eq!(soe.restored_differs("db", volume.node(), &volume.path), None);
+        assert_eq!(
+            soe.restored_differs("db", volume.node(), &volume.path),
+            None
+        );
         let status = soe.volume("db", volume.node());
         assert_eq!(
             (
@@ -109,7 +114,10 @@ fn a_group_is_captured_listed_restored_and_verified() {
     }
     // The comparison notices a single byte.
     write_direct(&file, 40 * MIB, 512, 1).unwrap();
-    assert_eq!(soe.restored_differs("db", raw.node(), &raw.path), Some(40 * MIB));
+    assert_eq!(
+        soe.restored_differs("db", raw.node(), &raw.path),
+        Some(40 * MIB)
+    );
     // An older layer is still what it was: the block of the second layer is zero in the first.
     let old = soe.dir.path().join("old.img");
     soe.run(&[
@@ -125,7 +133,10 @@ fn a_group_is_captured_listed_restored_and_verified() {
     .ok();
     assert!(std::fs::read(&old).unwrap().iter().all(|byte| *byte == 0));
     let report = soe.run(&["layer", "verify", "db", "--json"]).json();
-    assert_eq!((&report["layers"], &report["problems"]), (&6.into(), &serde_json::json!([])));
+    assert_eq!(
+        (&report["layers"], &report["problems"]),
+        (&6.into(), &serde_json::json!([]))
+    );
     assert_eq!(soe.terminate(), 0);
 }
 
@@ -174,7 +185,9 @@ fn counter_of(image: &Path) -> u64 {
 fn volumes_of_a_group_are_cut_at_one_instant() {
     need_kernel!();
     let disks = [64, 96].map(|mib| LoopDevice::new(mib * MIB).unwrap());
-    let mounts = disks.each_ref().map(|d| Mounted::new(&d.path, "ext4").unwrap());
+    let mounts = disks
+        .each_ref()
+        .map(|d| Mounted::new(&d.path, "ext4").unwrap());
     let counters = mounts.each_ref().map(|m| Counter::new(m.path()));
     let mut soe = Soe::new("instant", "");
     soe.start();
@@ -193,10 +206,14 @@ fn volumes_of_a_group_are_cut_at_one_instant() {
             let image = soe.dir.path().join("image");
             let _ = std::fs::remove_file(&image);
             let to = image.display().to_string();
-            soe.run(&["restore", "pair", "--volume", disk.node(), "--to", &to]).ok();
+            soe.run(&["restore", "pair", "--volume", disk.node(), "--to", &to])
+                .ok();
             counter_of(&image)
         });
-        println!("round {round}: {numbers:?} by {}", text(&layers[0]["method"]));
+        println!(
+            "round {round}: {numbers:?} by {}",
+            text(&layers[0]["method"])
+        );
         assert!(
             numbers[0] == numbers[1] || numbers[0] == numbers[1] + 1,
             "the second write without the first: {numbers:?}"
@@ -234,14 +251,26 @@ fn a_stop_leaves_a_complete_history() {
                  max(arrow_cast(ts, 'Int64') + arrow_cast(interval, 'Int64')) AS end, \
                  min(arrow_cast(ts, 'Int64')) AS start, sum(arrow_cast(interval, 'Int64')) AS covered \
                  FROM volume_stats";
-    let row = soe.run(&["sql", "--history", &history, "--json", query]).json();
-    let number = |name: &str| row[name].as_i64().unwrap_or_else(|| panic!("{name} of {row}"));
+    let row = soe
+        .run(&["sql", "--history", &history, "--json", query])
+        .json();
+    let number = |name: &str| {
+        row[name]
+            .as_i64()
+            .unwrap_or_else(|| panic!("{name} of {row}"))
+    };
     assert!(number("windows") >= 4, "{row}");
     assert_eq!(number("written"), i64::try_from(written).unwrap(), "{row}");
     let missing = i64::try_from(stopped.as_nanos()).unwrap() - number("end");
-    assert!(missing < 2_000_000_000, "the last {missing} ns are missing: {row}");
+    assert!(
+        missing < 2_000_000_000,
+        "the last {missing} ns are missing: {row}"
+    );
     let gap = (number("end") - number("start") - number("covered")).abs();
-    assert!(gap < 100_000_000, "{gap} ns between windows are missing: {row}");
+    assert!(
+        gap < 100_000_000,
+        "{gap} ns between windows are missing: {row}"
+    );
     assert!(!soe.socket().exists(), "the socket is taken away");
 }
 
@@ -257,7 +286,10 @@ impl Load {
     fn new(folder: &Path, seed: u64) -> Self {
         let file = std::fs::File::create(folder.join("load")).unwrap();
         file.set_len(Self::BYTES).unwrap();
-        Self { file, random: StdRng::seed_from_u64(seed).into() }
+        Self {
+            file,
+            random: StdRng::seed_from_u64(seed).into(),
+        }
     }
 
     fn step(&self) {
@@ -274,7 +306,9 @@ impl Load {
 
 /// `SOE_SEED` replays a run.
 fn seed() -> u64 {
-    let seed = std::env::var("SOE_SEED").ok().and_then(|text| text.parse().ok());
+    let seed = std::env::var("SOE_SEED")
+        .ok()
+        .and_then(|text| text.parse().ok());
     let seed = seed.unwrap_or_else(|| std::process::id().into());
     println!("SOE_SEED={seed}");
     seed
@@ -318,8 +352,14 @@ fn kills_at_random_moments_lose_no_change() {
         beside(|| load.step(), || soe.start());
         let status = soe.volume("g", disk.node());
         assert_eq!(status["tracking"], "complete", "{status}");
-        assert_eq!(status["generation"], generation, "tracking went on without the agent");
-        assert!(status["changed_blocks_pending"].as_u64() > Some(0), "{status}");
+        assert_eq!(
+            status["generation"], generation,
+            "tracking went on without the agent"
+        );
+        assert!(
+            status["changed_blocks_pending"].as_u64() > Some(0),
+            "{status}"
+        );
         rounds_with_layer += u64::from(status["layers"].as_u64().unwrap() > before);
         soe.run(&["layer", "verify", "g"]).ok();
     }
@@ -337,7 +377,8 @@ fn kills_at_random_moments_lose_no_change() {
 fn frozen_now(soe: &Soe) -> bool {
     let name = blake3::hash(soe.state().as_os_str().as_encoded_bytes()).to_hex();
     let page = std::fs::read(format!("/dev/shm/soe-frozen-{}", &name[..12])).unwrap_or_default();
-    page.get(64..).is_some_and(|rest| rest.chunks(512).any(|entry| entry[0] == 2))
+    page.get(64..)
+        .is_some_and(|rest| rest.chunks(512).any(|entry| entry[0] == 2))
 }
 
 /// Killed while a filesystem is frozen, the guard thaws it; with the guard killed too, the next start
@@ -420,17 +461,35 @@ fn a_device_is_restored_in_place() {
     soe.start();
     soe.group("g", &[disk.node()]);
     soe.capture("g");
-    let restore = ["restore", "g", "--volume", disk.node(), "--to", target.node()];
+    let restore = [
+        "restore",
+        "g",
+        "--volume",
+        disk.node(),
+        "--to",
+        target.node(),
+    ];
     soe.run(&restore).ok();
     assert_eq!(difference(&disk.path, &target.path).unwrap(), None);
     write_direct(&open_direct(&target.path).unwrap(), MIB, 4096, 4).unwrap();
-    let differential: Vec<&str> = restore.iter().copied().chain(["--differential", "--json"]).collect();
+    let differential: Vec<&str> = restore
+        .iter()
+        .copied()
+        .chain(["--differential", "--json"])
+        .collect();
     let report = soe.run(&differential).json();
     assert!(report["bytes_written"].as_u64() <= Some(MIB), "{report}");
     assert_eq!(difference(&disk.path, &target.path).unwrap(), None);
     let small = LoopDevice::new(32 * MIB).unwrap();
     let why = soe
-        .run(&["restore", "g", "--volume", disk.node(), "--to", small.node()])
+        .run(&[
+            "restore",
+            "g",
+            "--volume",
+            disk.node(),
+            "--to",
+            small.node(),
+        ])
         .refused(1);
     assert!(why.contains(small.node()), "{why}");
     assert_eq!(soe.terminate(), 0);
