@@ -319,6 +319,161 @@ impl SnapshotOrchestration for Service {
         let pb::VerifyLayersRequest { group_name, volume } = request.into_inner();
         let checked = validate::group_name(&group_name);
         let is_last: fn(&VerifyEvent) -> bool = |e| matches!(e, VerifyEvent::Summary { .. });
+        self.stream(
+            span,
+            checked,
+            self.engine.verify_layers(group_name, some(volume)),
+            Some(is_last),
+        )
+        .await
+    }
+
+    type DiffLayersStream = BoxStream<'static, Result<pb::DiffChunk, Status>>;
+
+    async fn diff_layers(
+        &self,
+        request: Request<pb::DiffLayersRequest>,
+    ) -> Streamed<pb::DiffChunk> {
+        let span = self.span("DiffLayers", Effect::Reads, caller(&request), "");
+        let pb::DiffLayersRequest {
+            group_name,
+            volume,
+            from_layer,
+            to_layer,
+        } = request.into_inner();
+        let checked = validate::group_name(&group_name)
+            .and_then(|()| validate::name("volume", &volume))
+            .and_then(|()| validate::name("layer", &from_layer))
+            .and_then(|()| validate::name("layer", &to_layer));
+        let work = self
+            .engine
+            .diff_layers(group_name, volume, from_layer, to_layer);
+        let bounded = Box::pin(async move {
+            let pieces = work.await?;
+            Ok(pieces.flat_map(split_piece).boxed())
+        });
+        self.stream(span, checked, bounded, None).await
+    }
+
+    type RestoreStream = BoxStream<'static, Result<pb::RestoreProgress, Status>>;
+
+    async fn restore(&self, request: Request<pb::RestoreRequest>) -> Streamed<pb::RestoreProgress> {
+        let caller = caller(&request);
+        let request = RestoreRequest::from(request.into_inner());
+        let subject = format!(
+            "{} {} to {}",
+            request.group,
+            request.volume,
+            request.target.display()
+        );
+        let span = self.span("Restore", Effect::Works, caller, &subject);
+        let is_last: fn(&RestoreProgress) -> bool = |p| p.phase == RestorePhase::Done;
+        self.stream(
+            span,
+            validate::restore(&request),
+            self.engine.restore(request),
+            Some(is_last),
+        )
+        .await
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<pb::ListVolumesRequest>,
+    ) -> Result<Response<pb::ListVolumesResponse>, Status> {
+        let span = self.span("ListVolumes", Effect::Reads, caller(&request), "");
+        self.unary(span, Ok(()), self.engine.list_volumes()).await
+    }
+
+    async fn trace_record(
+        &self,
+        request: Request<pb::TraceRecordRequest>,
+    ) -> Result<Response<pb::TraceRecordResponse>, Status> {
+        let caller = caller(&request);
+        let pb::TraceRecordRequest {
+            volume,
+            duration_ms,
+        } = request.into_inner();
+        let duration = std::time::Duration::from_millis(duration_ms);
+        let span = self.span("TraceRecord", Effect::Works, caller, &volume);
+        let checked =
+            validate::name("volume", &volume).and_then(|()| validate::recording(duration));
+        self.unary(span, checked, self.engine.record_trace(volume, duration))
+            .await
+    }
+
+    async fn forecast(
+        &self,
+        request: Request<pb::ForecastRequest>,
+    ) -> Result<Response<pb::ForecastReport>, Status> {
+        let span = self.span("Forecast", Effect::Reads, caller(&request), "");
+        let pb::ForecastRequest { volume, horizon_s } = request.into_inner();
+        let horizon = std::time::Duration::from_secs(horizon_s);
+        let checked = validate::name("volume", &volume).and_then(|()| validate::horizon(horizon));
+        self.unary(span, checked, self.engine.forecast(volume, horizon))
+            .await
+    }
+
+    async fn model_show(
+        &self,
+        request: Request<pb::ModelRequest>,
+    ) -> Result<Response<pb::ModelReport>, Status> {
+        let span = self.span("ModelShow", Effect::Reads, caller(&request), "");
+        self.unary(
+            span,
+            Ok(()),
+            self.engine.model_show(some(request.into_inner().volume)),
+        )
+        .await
+    }
+
+    async fn model_train(
+        &self,
+        request: Request<pb::ModelRequest>,
+    ) -> Result<Response<pb::ModelReport>, Status> {
+        let caller = caller(&request);
+        let volume = request.into_inner().volume;
+        let span = self.span("ModelTrain", Effect::Works, caller, &volume);
+        self.unary(span, Ok(()), self.engine.model_train(some(volume)))
+            .await
+    }
+
+    async fn publish_event(
+        &self,
+        request: Request<pb::PublishEventRequest>,
+    ) -> Result<Response<pb::PublishEventResponse>, Status> {
+        let caller = caller(&request);
+        let event = request.into_inner().event;
+        let event = event.ok_or_else(|| to_status(WireError::Missing { field: "event" }.into()))?;
+        let event: Event = read!(event);
+        let span = self.span(
+            "PublishEvent",
+            Effect::Changes,
+            caller,
+            &format!("{} {}", event.source, event.id),
+        );
+        self.unary(
+            span,
+            validate::event(&event),
+            self.engine.publish_event(event),
+        )
+        .await
+    }
+
+    async fn list_events(
+        &self,
+        request: Request<pb::ListEventsRequest>,
+    ) -> Result<Response<pb::ListEventsResponse>, Status> {
+        let span = self.span("ListEvents", Effect::Reads, caller(&request), "");
+        let pb::ListEventsRequest {
+            since_unix_ns,
+            limit,
+        } = request.into_inner();
+        let limit = if limit == 0 {
+            100
+        } else {
+            limit.min(100_000) as usize
+        };
         self.unary(
             span,
             Ok(()),
