@@ -208,9 +208,7 @@ impl<'de> Deserialize<'de> for Compression {
         match (text.as_str(), level) {
             ("none", _) => Ok(Self::None),
             (_, Some(level)) => Ok(Self::Zstd(level)),
-            _ => Err(de::Error::custom(format!(
-                "{text:?} is not none or zstd:1"
-            ))),
+            _ => Err(de::Error::custom(format!("{text:?} is not none or zstd:1"))),
         }
     }
 }

@@ -10,11 +10,15 @@ const MOST_FOLDERS: usize = 65_536;
 
 /// Where block IO is charged: the `blkio` hierarchy of version 1 if there is one, else version 2.
 fn root() -> PathBuf {
-    ["/sys/fs/cgroup/blkio", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
-        .into_iter()
-        .map(PathBuf::from)
-        .find(|path| path.join("cgroup.procs").exists())
-        .unwrap_or_else(|| "/sys/fs/cgroup".into())
+    [
+        "/sys/fs/cgroup/blkio",
+        "/sys/fs/cgroup/unified",
+        "/sys/fs/cgroup",
+    ]
+    .into_iter()
+    .map(PathBuf::from)
+    .find(|path| path.join("cgroup.procs").exists())
+    .unwrap_or_else(|| "/sys/fs/cgroup".into())
 }
 
 /// Paths of all control groups below the root, by id.
@@ -42,14 +46,15 @@ pub fn paths() -> HashMap<u64, String> {
 
 /// The service manager's unit in a path, if there is one: the last part that is named like one.
 pub fn unit_of(path: &str) -> Option<&str> {
-    path.rsplit('/').find(|part| part.ends_with(".service") || part.ends_with(".scope"))
+    path.rsplit('/')
+        .find(|part| part.ends_with(".service") || part.ends_with(".scope"))
 }
 
 /// The container in a path, if there is one: 64 hexadecimal digits, as the runtimes name them.
 pub fn container_of(path: &str) -> Option<&str> {
-    path.split(['/', '-', '.', ':']).rev().find(|part| {
-        part.len() == 64 && part.bytes().all(|b| b.is_ascii_hexdigit())
-    })
+    path.split(['/', '-', '.', ':'])
+        .rev()
+        .find(|part| part.len() == 64 && part.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 #[cfg(test)]
@@ -58,10 +63,16 @@ mod tests {
 
     #[test]
     fn units_and_containers_are_found_in_paths() {
-        assert_eq!(unit_of("/system.slice/postgresql.service"), Some("postgresql.service"));
+        assert_eq!(
+            unit_of("/system.slice/postgresql.service"),
+            Some("postgresql.service")
+        );
         assert_eq!(unit_of("/"), None);
         let id = "a".repeat(64);
-        assert_eq!(container_of(&format!("/system.slice/docker-{id}.scope")), Some(id.as_str()));
+        assert_eq!(
+            container_of(&format!("/system.slice/docker-{id}.scope")),
+            Some(id.as_str())
+        );
         assert_eq!(container_of("/system.slice"), None);
     }
 }

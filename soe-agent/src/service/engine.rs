@@ -44,7 +44,9 @@ pub(super) fn restore_error(error: RestoreError) -> EngineError {
 
 pub(super) fn service_error(error: ServiceError) -> EngineError {
     let kind = match &error {
-        ServiceError::Tracker(crate::observe::TrackerError::NoVolume { .. }) => ErrorKind::InvalidArgument,
+        ServiceError::Tracker(crate::observe::TrackerError::NoVolume { .. }) => {
+            ErrorKind::InvalidArgument
+        }
         ServiceError::Tracker(crate::observe::TrackerError::Full { .. }) => ErrorKind::Exhausted,
         refusal if refusal.is_refusal() => ErrorKind::Unsafe,
         _ => ErrorKind::Internal,
@@ -57,9 +59,9 @@ fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
 ) -> Reply<'static, T> {
     async move {
-        tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|e| EngineError::new(ErrorKind::Internal, format!("a call ended by a panic: {e}")))?
+        tokio::task::spawn_blocking(work).await.map_err(|e| {
+            EngineError::new(ErrorKind::Internal, format!("a call ended by a panic: {e}"))
+        })?
     }
     .boxed()
 }
@@ -112,7 +114,10 @@ impl Engine for Arc<Agent> {
                         p99_target_us: None,
                         rpo_s: None,
                     });
-                    group.hosts.last_mut().ok_or_else(|| EngineError::invalid("no host"))?
+                    group
+                        .hosts
+                        .last_mut()
+                        .ok_or_else(|| EngineError::invalid("no host"))?
                 }
             };
             host.app = update.app.or(host.app.take());
@@ -137,7 +142,12 @@ impl Engine for Arc<Agent> {
             let wanted = |name: &str| volume.as_ref().is_none_or(|v| v == name);
             Ok(manifests
                 .iter()
-                .flat_map(|m| m.volumes.iter().filter(|l| wanted(&l.volume)).map(|l| layer_info(m, l)))
+                .flat_map(|m| {
+                    m.volumes
+                        .iter()
+                        .filter(|l| wanted(&l.volume))
+                        .map(|l| layer_info(m, l))
+                })
                 .collect())
         })
     }
@@ -146,7 +156,11 @@ impl Engine for Arc<Agent> {
         let agent = self.clone();
         blocking(move || {
             let found = agent.store.find(&id).map_err(layer_error)?;
-            Ok(layer_detail(&found.manifest, found.layer(), agent.config.store.compression.to_string()))
+            Ok(layer_detail(
+                &found.manifest,
+                found.layer(),
+                agent.config.store.compression.to_string(),
+            ))
         })
     }
 
@@ -155,19 +169,29 @@ impl Engine for Arc<Agent> {
         async move { agent.start_verify(group, volume) }.boxed()
     }
 
-    fn diff_layers(&self, group: String, volume: String, from: String, to: String) -> StreamReply<'_, Vec<ByteRange>> {
+    fn diff_layers(
+        &self,
+        group: String,
+        volume: String,
+        from: String,
+        to: String,
+    ) -> StreamReply<'_, Vec<ByteRange>> {
         let agent = self.clone();
         async move {
             let ranges = tokio::task::spawn_blocking(move || {
                 let image = |id: &str| {
                     let layer = agent.store.find(id).map_err(layer_error)?;
-                    agent.store.image(&group, &volume, Some(layer.manifest.sequence)).map_err(layer_error)
+                    agent
+                        .store
+                        .image(&group, &volume, Some(layer.manifest.sequence))
+                        .map_err(layer_error)
                 };
                 Ok::<_, EngineError>(image(&from)?.index().differences(image(&to)?.index()))
             })
             .await
             .map_err(|e| EngineError::new(ErrorKind::Internal, e.to_string()))??;
-            let pages: Vec<Result<Vec<ByteRange>, EngineError>> = ranges.chunks(1024).map(|c| Ok(c.to_vec())).collect();
+            let pages: Vec<Result<Vec<ByteRange>, EngineError>> =
+                ranges.chunks(1024).map(|c| Ok(c.to_vec())).collect();
             Ok(futures::stream::iter(pages).boxed())
         }
         .boxed()
@@ -198,7 +222,9 @@ impl Engine for Arc<Agent> {
         blocking(move || {
             agent.known(&volume)?;
             let name = VolumeName::from(volume.as_str());
-            let bins = usize::try_from(horizon.as_nanos() / agent.scale.bin().as_nanos().max(1)).unwrap_or(1).max(1);
+            let bins = usize::try_from(horizon.as_nanos() / agent.scale.bin().as_nanos().max(1))
+                .unwrap_or(1)
+                .max(1);
             let forecast = lock(&agent.mind).mixture.forecast(&name, bins).ok_or_else(|| {
                 EngineError::new(ErrorKind::Conflict, format!("nothing was observed of {volume} yet; the first bin of {:?} has to end first", agent.scale.bin()))
             })?;
@@ -233,7 +259,9 @@ impl Engine for Arc<Agent> {
     fn model_train(&self, volume: Option<String>) -> Reply<'_, ModelReport> {
         let agent = self.clone();
         blocking(move || {
-            agent.train().map_err(|reason| EngineError::new(ErrorKind::Conflict, reason))?;
+            agent
+                .train()
+                .map_err(|reason| EngineError::new(ErrorKind::Conflict, reason))?;
             agent.model_report(volume)
         })
     }
@@ -261,7 +289,10 @@ impl Engine for Arc<Agent> {
         blocking(move || {
             let entry = agent.known(&volume)?;
             let Some(area) = &agent.area else {
-                return Err(EngineError::new(ErrorKind::Unsupported, "no staging area is configured; set staging.path"));
+                return Err(EngineError::new(
+                    ErrorKind::Unsupported,
+                    "no staging area is configured; set staging.path",
+                ));
             };
             agent.stage(&volume, area.budget()).map_err(service_error)?;
             agent.stage_report(&entry).map_err(service_error)
@@ -286,29 +317,38 @@ impl Engine for Arc<Agent> {
                 Some(name) => Some(agent.group(name)?.volumes),
                 None => None,
             };
-            let stream = futures::stream::unfold(agent.watch.subscribe(), |mut receiver| async move {
-                loop {
-                    match receiver.recv().await {
-                        Ok(item) => return Some((item, receiver)),
-                        Err(broadcast::error::RecvError::Lagged(items)) => {
-                            let missed = WatchItem { at: crate::io::SystemClock.now(), event: WatchEvent::Missed { items } };
-                            return Some((missed, receiver));
+            let stream =
+                futures::stream::unfold(agent.watch.subscribe(), |mut receiver| async move {
+                    loop {
+                        match receiver.recv().await {
+                            Ok(item) => return Some((item, receiver)),
+                            Err(broadcast::error::RecvError::Lagged(items)) => {
+                                let missed = WatchItem {
+                                    at: crate::io::SystemClock.now(),
+                                    event: WatchEvent::Missed { items },
+                                };
+                                return Some((missed, receiver));
+                            }
+                            Err(broadcast::error::RecvError::Closed) => return None,
                         }
-                        Err(broadcast::error::RecvError::Closed) => return None,
                     }
-                }
-            });
+                });
             let concerns = move |item: &WatchItem| {
                 let of = match &item.event {
                     WatchEvent::Load(load) => &load.volume,
                     WatchEvent::Layer(layer) => &layer.volume,
-                    WatchEvent::Decision { volume, .. } | WatchEvent::Tracking { volume, .. } => volume,
+                    WatchEvent::Decision { volume, .. } | WatchEvent::Tracking { volume, .. } => {
+                        volume
+                    }
                     WatchEvent::Staging(report) => &report.volume,
                     WatchEvent::Published { .. } | WatchEvent::Missed { .. } => return true,
                 };
                 volumes.as_ref().is_none_or(|volumes| volumes.contains(of))
             };
-            Ok(stream.filter(move |item| futures::future::ready(concerns(item))).map(Ok).boxed())
+            Ok(stream
+                .filter(move |item| futures::future::ready(concerns(item)))
+                .map(Ok)
+                .boxed())
         }
         .boxed()
     }
@@ -326,18 +366,30 @@ impl Agent {
             None => None,
         };
         Ok(ModelReport {
-            serving: serving.as_ref().map_or_else(|| "none".into(), |s| s.member.to_string()),
-            reason: serving.as_ref().map_or_else(|| "no volume was named, or nothing was observed of it yet".into(), |s| s.why.clone()),
+            serving: serving
+                .as_ref()
+                .map_or_else(|| "none".into(), |s| s.member.to_string()),
+            reason: serving.as_ref().map_or_else(
+                || "no volume was named, or nothing was observed of it yet".into(),
+                |s| s.why.clone(),
+            ),
             members: serving
                 .map(|s| {
                     s.losses
                         .into_iter()
-                        .map(|(member, loss)| MemberScore { member: member.to_string(), quantile_loss: loss, matured: s.bins as u64 })
+                        .map(|(member, loss)| MemberScore {
+                            member: member.to_string(),
+                            quantile_loss: loss,
+                            matured: s.bins as u64,
+                        })
                         .collect()
                 })
                 .unwrap_or_default(),
             trained_at: network.map(|n| n.data_to),
-            trained_on: network.map(|n| TimeWindow { start: n.data_from, end: n.trained_until }),
+            trained_on: network.map(|n| TimeWindow {
+                start: n.data_from,
+                end: n.trained_until,
+            }),
             training_samples: network.map_or(0, |n| n.samples as u64),
             seed: network.map(|n| n.seed),
             parameters: network.map(|n| n.shape.weights() as u64),
@@ -353,24 +405,38 @@ impl Agent {
                 continue;
             }
             let path = format!("/dev/{}", disk.name);
-            let entry = lock(&self.entries).values().find(|e| e.volume.disk.diskseq == disk.diskseq).cloned();
+            let entry = lock(&self.entries)
+                .values()
+                .find(|e| e.volume.disk.diskseq == disk.diskseq)
+                .cloned();
             let name = entry.as_ref().map_or(path.clone(), |e| e.name.clone());
             let resolved = volumes::resolve(std::path::Path::new(&path));
             out.push(VolumeInfo {
                 volume: name.clone(),
-                device_id: resolved.as_ref().map(|v| v.device_id.clone()).unwrap_or_default(),
+                device_id: resolved
+                    .as_ref()
+                    .map(|v| v.device_id.clone())
+                    .unwrap_or_default(),
                 kind: volumes::kind(&disk.name).into(),
                 size_bytes: disk.sectors * soe_common::SECTOR_SIZE,
                 aliases: if name == path { Vec::new() } else { vec![path] },
                 members: disk.members(),
                 mounts: resolved
                     .as_ref()
-                    .map(|v| volumes::mount_points(v).iter().map(|m| m.point.display().to_string()).collect())
+                    .map(|v| {
+                        volumes::mount_points(v)
+                            .iter()
+                            .map(|m| m.point.display().to_string())
+                            .collect()
+                    })
                     .unwrap_or_default(),
                 leaf: disk.holders().is_empty(),
                 tracked: entry.is_some(),
                 tracking: entry.as_ref().map(|e| e.map.tracking().into()),
-                group: groups.iter().find(|(v, _)| *v == name).map(|(_, g)| g.clone()),
+                group: groups
+                    .iter()
+                    .find(|(v, _)| *v == name)
+                    .map(|(_, g)| g.clone()),
                 untrackable: resolved.err().map(|e| e.to_string()),
             });
         }
@@ -379,8 +445,14 @@ impl Agent {
 
     fn take_event(self: &Arc<Self>, event: Event) -> Result<bool, EngineError> {
         let now = self.clock.now();
-        let known = self.read_events(EventQuery { since: Some(now - 86_400_000_000_000), limit: usize::MAX })?;
-        if known.iter().any(|e| e.id == event.id && e.source == event.source) {
+        let known = self.read_events(EventQuery {
+            since: Some(now - 86_400_000_000_000),
+            limit: usize::MAX,
+        })?;
+        if known
+            .iter()
+            .any(|e| e.id == event.id && e.source == event.source)
+        {
             return Ok(false);
         }
         let row = EventRow {
@@ -394,7 +466,9 @@ impl Agent {
             data_content_type: event.data.as_ref().map(|_| "application/json".into()),
             data: event.data.as_ref().map(ToString::to_string),
         };
-        self.history.append(&[row]).map_err(|e| service_error(e.into()))?;
+        self.history
+            .append(&[row])
+            .map_err(|e| service_error(e.into()))?;
         // An event is acknowledged only when it would survive a crash.
         self.history.flush().map_err(|e| service_error(e.into()))?;
         self.apply(plan::Event::EventReceived(plan::types::ExternalEvent {
@@ -403,7 +477,9 @@ impl Agent {
             volumes: event.volumes.iter().map(|v| v.as_str().into()).collect(),
             burst_expected_at: event.expected_at,
         }));
-        self.tell(WatchEvent::Published { published: Box::new(event) });
+        self.tell(WatchEvent::Published {
+            published: Box::new(event),
+        });
         Ok(true)
     }
 
@@ -412,7 +488,9 @@ impl Agent {
         self.history.flush().map_err(error)?;
         let reader = crate::history::HistoryReader::open(self.history.dir()).map_err(error)?;
         let range = query.since.unwrap_or(i64::MIN)..i64::MAX;
-        let rows = reader.rows_by_time::<EventRow>(&crate::history::Query::range(range).skip_damage()).map_err(error)?;
+        let rows = reader
+            .rows_by_time::<EventRow>(&crate::history::Query::range(range).skip_damage())
+            .map_err(error)?;
         let mut events = Vec::new();
         for row in rows {
             let row = row.map_err(error)?;
@@ -431,4 +509,3 @@ impl Agent {
         Ok(events.split_off(skip))
     }
 }
-

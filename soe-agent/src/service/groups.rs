@@ -11,8 +11,8 @@ use super::report::layer_info;
 use super::state::Group;
 use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{
-    GroupSpec, GroupStatus, GroupUpdate, LayerInfo, LayerKind, Prediction, StagingStatus, TimeWindow, TrackingState,
-    VolumeStatus,
+    GroupSpec, GroupStatus, GroupUpdate, LayerInfo, LayerKind, Prediction, StagingStatus,
+    TimeWindow, TrackingState, VolumeStatus,
 };
 use crate::config::Config;
 use crate::layer::LayerError;
@@ -30,34 +30,47 @@ fn seconds(nanos: i64) -> u64 {
 
 impl Agent {
     pub(super) fn group(&self, name: &str) -> Result<Group, EngineError> {
-        lock(&self.state)
-            .groups
-            .get(name)
-            .cloned()
-            .ok_or_else(|| EngineError::not_found(format!("there is no group {name}; `soe group list` shows those there are")))
+        lock(&self.state).groups.get(name).cloned().ok_or_else(|| {
+            EngineError::not_found(format!(
+                "there is no group {name}; `soe group list` shows those there are"
+            ))
+        })
     }
 
     pub(super) fn known(&self, volume: &str) -> Result<Arc<Entry>, EngineError> {
         self.entry(volume).ok_or_else(|| {
-            EngineError::not_found(format!("{volume} is in no group, so nothing is known of it; `soe group create` begins that"))
+            EngineError::not_found(format!(
+                "{volume} is in no group, so nothing is known of it; `soe group create` begins that"
+            ))
         })
     }
 
     pub(super) fn create(self: &Arc<Self>, spec: GroupSpec) -> Result<GroupStatus, EngineError> {
         if lock(&self.state).groups.contains_key(&spec.name) {
-            return Err(EngineError::new(ErrorKind::AlreadyExists, format!("there is a group {} already", spec.name)));
+            return Err(EngineError::new(
+                ErrorKind::AlreadyExists,
+                format!("there is a group {} already", spec.name),
+            ));
         }
         let mut resolved = Vec::new();
         for name in &spec.volumes {
-            let volume = volumes::resolve(std::path::Path::new(name)).map_err(|e| service_error(e.into()))?;
+            let volume = volumes::resolve(std::path::Path::new(name))
+                .map_err(|e| service_error(e.into()))?;
             if resolved.contains(&volume.rdev) {
-                return Err(EngineError::invalid(format!("{name} names a volume that the group has already")));
+                return Err(EngineError::invalid(format!(
+                    "{name} names a volume that the group has already"
+                )));
             }
             for (other, group) in self.volumes_of_groups() {
-                if self.entry(&other).is_some_and(|entry| entry.volume.rdev == volume.rdev) {
+                if self
+                    .entry(&other)
+                    .is_some_and(|entry| entry.volume.rdev == volume.rdev)
+                {
                     return Err(EngineError::new(
                         ErrorKind::Conflict,
-                        format!("{name} is in group {group} already (as {other}); a volume has one chain of layers"),
+                        format!(
+                            "{name} is in group {group} already (as {other}); a volume has one chain of layers"
+                        ),
                     ));
                 }
             }
@@ -79,7 +92,9 @@ impl Agent {
             hosts: Vec::new(),
             missed_pause_budgets: 0,
         };
-        lock(&self.state).groups.insert(group.name.clone(), group.clone());
+        lock(&self.state)
+            .groups
+            .insert(group.name.clone(), group.clone());
         if let Err(error) = self.save_state() {
             lock(&self.state).groups.remove(&group.name);
             return Err(service_error(error));
@@ -96,9 +111,14 @@ impl Agent {
             .collect()
     }
 
-    pub(super) fn update(self: &Arc<Self>, update: GroupUpdate) -> Result<GroupStatus, EngineError> {
+    pub(super) fn update(
+        self: &Arc<Self>,
+        update: GroupUpdate,
+    ) -> Result<GroupStatus, EngineError> {
         let mut group = self.group(&update.name)?;
-        group.prediction_enabled = update.prediction_enabled.unwrap_or(group.prediction_enabled);
+        group.prediction_enabled = update
+            .prediction_enabled
+            .unwrap_or(group.prediction_enabled);
         group.rpo_s = update.rpo_s.or(group.rpo_s);
         group.max_pause_us = update.max_pause_us.or(group.max_pause_us);
         group.p99_target_us = update.p99_target_us.or(group.p99_target_us);
@@ -108,39 +128,61 @@ impl Agent {
             let before = group.volumes.len();
             group.volumes.retain(|v| v != name);
             if group.volumes.len() == before {
-                return Err(EngineError::not_found(format!("{name} is not in group {}", group.name)));
+                return Err(EngineError::not_found(format!(
+                    "{name} is not in group {}",
+                    group.name
+                )));
             }
         }
         for name in update.add_volumes {
             if self.volumes_of_groups().iter().any(|(v, _)| *v == name) {
-                return Err(EngineError::new(ErrorKind::Conflict, format!("{name} is in a group already")));
+                return Err(EngineError::new(
+                    ErrorKind::Conflict,
+                    format!("{name} is in a group already"),
+                ));
             }
             self.adopt_new_volume(&name).map_err(service_error)?;
             group.volumes.push(name);
         }
         if group.volumes.is_empty() {
-            return Err(EngineError::invalid(format!("group {} would be left without volumes; delete it instead", group.name)));
+            return Err(EngineError::invalid(format!(
+                "group {} would be left without volumes; delete it instead",
+                group.name
+            )));
         }
         self.keep(group)
     }
 
     pub(super) fn keep(self: &Arc<Self>, group: Group) -> Result<GroupStatus, EngineError> {
-        lock(&self.state).groups.insert(group.name.clone(), group.clone());
+        lock(&self.state)
+            .groups
+            .insert(group.name.clone(), group.clone());
         self.save_state().map_err(service_error)?;
-        self.apply(plan::Event::GroupUpdated { spec: self.plan_spec(&group) });
+        self.apply(plan::Event::GroupUpdated {
+            spec: self.plan_spec(&group),
+        });
         self.status(&group)
     }
 
-    pub(super) fn delete(self: &Arc<Self>, name: &str, delete_layers: bool) -> Result<u64, EngineError> {
+    pub(super) fn delete(
+        self: &Arc<Self>,
+        name: &str,
+        delete_layers: bool,
+    ) -> Result<u64, EngineError> {
         let group = self.group(name)?;
         if delete_layers {
             return Err(EngineError::new(
                 ErrorKind::Unsupported,
-                format!("this version does not delete layers; delete group {name} without them, its layers stay in the store"),
+                format!(
+                    "this version does not delete layers; delete group {name} without them, its layers stay in the store"
+                ),
             ));
         }
         if lock(&self.mind).brain.capturing(&name.into()) {
-            return Err(EngineError::new(ErrorKind::Conflict, format!("a capture of group {name} is under way; try again when it has ended")));
+            return Err(EngineError::new(
+                ErrorKind::Conflict,
+                format!("a capture of group {name} is under way; try again when it has ended"),
+            ));
         }
         lock(&self.state).groups.remove(name);
         self.save_state().map_err(service_error)?;
@@ -151,9 +193,18 @@ impl Agent {
             }
             lock(&self.entries).remove(volume);
         }
-        let keep: Vec<u64> = lock(&self.entries).values().map(|entry| entry.volume.disk.diskseq).collect();
-        self.tracker.retain(|diskseq| keep.contains(&diskseq)).map_err(|e| service_error(e.into()))?;
-        Ok(self.store.manifests(name).map(|m| m.len() as u64).unwrap_or(0))
+        let keep: Vec<u64> = lock(&self.entries)
+            .values()
+            .map(|entry| entry.volume.disk.diskseq)
+            .collect();
+        self.tracker
+            .retain(|diskseq| keep.contains(&diskseq))
+            .map_err(|e| service_error(e.into()))?;
+        Ok(self
+            .store
+            .manifests(name)
+            .map(|m| m.len() as u64)
+            .unwrap_or(0))
     }
 
     pub(super) fn status(&self, group: &Group) -> Result<GroupStatus, EngineError> {
@@ -166,7 +217,10 @@ impl Agent {
             app: group.app.clone(),
             criticality: group.criticality,
             created_at: group.created_at,
-            missed_pause_budgets: lock(&self.state).groups.get(&group.name).map_or(0, |g| g.missed_pause_budgets),
+            missed_pause_budgets: lock(&self.state)
+                .groups
+                .get(&group.name)
+                .map_or(0, |g| g.missed_pause_budgets),
             last_error: lock(&self.errors).get(&group.name).cloned(),
             hosts: group.hosts.clone(),
             volumes: group
@@ -180,7 +234,10 @@ impl Agent {
     fn volume_status(&self, group: &Group, name: &str) -> Result<VolumeStatus, EngineError> {
         let layers = self.layers_of(&group.name, name)?;
         let last = layers.last().cloned();
-        let baselines = layers.iter().filter(|l| l.kind == LayerKind::Baseline).count() as u64;
+        let baselines = layers
+            .iter()
+            .filter(|l| l.kind == LayerKind::Baseline)
+            .count() as u64;
         let now = self.clock.now();
         let mut status = VolumeStatus {
             volume: name.into(),
@@ -219,9 +276,13 @@ impl Agent {
             _ => None,
         };
         if let (Some(base), None, Tracking::Complete) = (&base, status.rescan_reason, tracking) {
-            let changed = entry.map.changed_since(base.layer().since_epoch).map_err(|e| service_error(e.into()))?;
+            let changed = entry
+                .map
+                .changed_since(base.layer().since_epoch)
+                .map_err(|e| service_error(e.into()))?;
             let unit = u64::from(entry.map.block_size());
-            status.changed_blocks_pending = Some(changed.iter().map(|r| r.len.div_ceil(unit)).sum());
+            status.changed_blocks_pending =
+                Some(changed.iter().map(|r| r.len.div_ceil(unit)).sum());
         }
         status.staging = self.stage_report(&entry).map_err(service_error)?.status;
         Ok(status)
@@ -238,7 +299,9 @@ impl Agent {
             load_now: predicted.load_now,
             next_burst_at: predicted.next_burst_at,
             burst_probability: Some(predicted.burst_probability),
-            next_low_window: predicted.next_low_window.map(|(start, end)| TimeWindow { start, end }),
+            next_low_window: predicted
+                .next_low_window
+                .map(|(start, end)| TimeWindow { start, end }),
             model: predicted.model.map(|m| m.to_string()),
             model_reason: serving.map(|s| s.why),
         }
@@ -250,22 +313,37 @@ impl Agent {
             Err(LayerError::NotFound { .. }) => Vec::new(),
             Err(error) => return Err(layer_error(error)),
         };
-        Ok(layers.iter().map(|l| layer_info(&l.manifest, l.layer())).collect())
+        Ok(layers
+            .iter()
+            .map(|l| layer_info(&l.manifest, l.layer()))
+            .collect())
     }
 
     /// Asks for a capture and waits for its end. A capture that is under way has its cut behind it
     /// perhaps, so it does not count: the call waits for its turn.
-    pub(super) async fn capture_now(self: Arc<Self>, group: String, kind: Option<LayerKind>) -> Result<Vec<LayerInfo>, EngineError> {
+    pub(super) async fn capture_now(
+        self: Arc<Self>,
+        group: String,
+        kind: Option<LayerKind>,
+    ) -> Result<Vec<LayerInfo>, EngineError> {
         self.group(&group)?;
         let began = self.clock.monotonic();
         while lock(&self.mind).brain.capturing(&group.as_str().into()) {
             if self.clock.monotonic() - began > CAPTURE_TURN || self.stopping() {
-                return Err(EngineError::new(ErrorKind::Conflict, format!("another capture of group {group} goes on for too long; try again later")));
+                return Err(EngineError::new(
+                    ErrorKind::Conflict,
+                    format!(
+                        "another capture of group {group} goes on for too long; try again later"
+                    ),
+                ));
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let (sender, receiver) = oneshot::channel();
-        lock(&self.waiters).entry(group.clone()).or_default().push(sender);
+        lock(&self.waiters)
+            .entry(group.clone())
+            .or_default()
+            .push(sender);
         let agent = self.clone();
         let asked = tokio::task::spawn_blocking(move || {
             agent.apply(plan::Event::CaptureRequested {
@@ -276,7 +354,12 @@ impl Agent {
                 }),
             });
         });
-        let gone = || EngineError::new(ErrorKind::Cancelled, "the agent is stopping; the blocks stay marked".to_string());
+        let gone = || {
+            EngineError::new(
+                ErrorKind::Cancelled,
+                "the agent is stopping; the blocks stay marked".to_string(),
+            )
+        };
         asked.await.map_err(|_| gone())?;
         receiver.await.map_err(|_| gone())?
     }
@@ -286,9 +369,14 @@ impl Agent {
         match Config::load(self.config.path.as_deref()) {
             Ok(new) => {
                 let reload = self.config.reload(&new);
-                tracing::info!(?reload, "configuration read again; what waits for a restart is named");
+                tracing::info!(
+                    ?reload,
+                    "configuration read again; what waits for a restart is named"
+                );
             }
-            Err(error) => tracing::error!(%error, "the configuration was not read again; the agent goes on with what it has"),
+            Err(error) => {
+                tracing::error!(%error, "the configuration was not read again; the agent goes on with what it has")
+            }
         }
     }
 }

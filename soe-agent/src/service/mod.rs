@@ -22,8 +22,8 @@ pub use agent::Agent;
 pub use report::{layer_detail, layer_info};
 pub use state::{Group, State, StateError, StateLock};
 
-use crate::api::socket::SocketError;
 use crate::api::server::{ApiError, Listeners, ServiceState, service_notify};
+use crate::api::socket::SocketError;
 use crate::config::Config;
 use crate::metrics::Metrics;
 
@@ -66,7 +66,9 @@ pub enum ServiceError {
         source: std::io::Error,
     },
     /// The layer format knows no such compression.
-    #[error("store.compression zstd:{level}: layers are compressed with zstd:1 or not at all (none)")]
+    #[error(
+        "store.compression zstd:{level}: layers are compressed with zstd:1 or not at all (none)"
+    )]
     Compression {
         /// The level asked for.
         level: i32,
@@ -102,7 +104,8 @@ impl ServiceError {
                 | Self::State(StateError::InUse { .. })
                 | Self::Api(ApiError::Socket(SocketError::InUse { .. }))
                 | Self::Guard(
-                    crate::capture::FreezeError::Protected { .. } | crate::capture::FreezeError::AlreadyFrozen { .. }
+                    crate::capture::FreezeError::Protected { .. }
+                        | crate::capture::FreezeError::AlreadyFrozen { .. }
                 )
                 | Self::Layer(crate::layer::LayerError::Busy { .. })
                 | Self::History(crate::history::HistoryError::Locked { .. })
@@ -116,10 +119,15 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|source| ServiceError::Process { what: "starting the async runtime", source })?;
+        .map_err(|source| ServiceError::Process {
+            what: "starting the async runtime",
+            source,
+        })?;
     let state_dir = config.state_dir();
-    std::fs::create_dir_all(&state_dir)
-        .map_err(|source| ServiceError::Folder { path: state_dir.clone(), source })?;
+    std::fs::create_dir_all(&state_dir).map_err(|source| ServiceError::Folder {
+        path: state_dir.clone(),
+        source,
+    })?;
     // The listeners first: they tell early that another agent runs.
     let listeners = {
         let _in_runtime = runtime.enter();
@@ -132,7 +140,10 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
         std::thread::Builder::new()
             .name("soe-heart".into())
             .spawn(move || heart::beat(&agent))
-            .map_err(|source| ServiceError::Process { what: "starting the heartbeat", source })?
+            .map_err(|source| ServiceError::Process {
+                what: "starting the heartbeat",
+                source,
+            })?
     };
     let served = runtime.block_on(serve(&agent, listeners, metrics));
     service_notify(ServiceState::Stopping);
@@ -144,14 +155,24 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
     served
 }
 
-async fn serve(agent: &Arc<Agent>, listeners: Listeners, metrics: Arc<Metrics>) -> Result<(), ServiceError> {
+async fn serve(
+    agent: &Arc<Agent>,
+    listeners: Listeners,
+    metrics: Arc<Metrics>,
+) -> Result<(), ServiceError> {
     use tokio::signal::unix::{SignalKind, signal};
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let listen = |kind| {
-        signal(kind).map_err(|source| ServiceError::Process { what: "listening for signals", source })
+        signal(kind).map_err(|source| ServiceError::Process {
+            what: "listening for signals",
+            source,
+        })
     };
-    let (mut term, mut int, mut hup) =
-        (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?, listen(SignalKind::hangup())?);
+    let (mut term, mut int, mut hup) = (
+        listen(SignalKind::terminate())?,
+        listen(SignalKind::interrupt())?,
+        listen(SignalKind::hangup())?,
+    );
     let clock = agent.clock.clone();
     let serving = listeners.serve(Arc::new(agent.clone()), metrics, clock, stopped);
     tokio::pin!(serving);
@@ -170,7 +191,9 @@ async fn serve(agent: &Arc<Agent>, listeners: Listeners, metrics: Arc<Metrics>) 
         }
     }
     tracing::info!("stopping");
-    agent.stopping.store(true, std::sync::atomic::Ordering::SeqCst);
+    agent
+        .stopping
+        .store(true, std::sync::atomic::Ordering::SeqCst);
     let _ = stop.send(true);
     Ok(serving.await?)
 }

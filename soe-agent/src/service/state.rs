@@ -67,13 +67,17 @@ pub enum StateError {
         source: io::Error,
     },
     /// Another agent works with the folder.
-    #[error("another agent works with the state directory {path}; stop it, or give this one its own ([agent] state_dir)")]
+    #[error(
+        "another agent works with the state directory {path}; stop it, or give this one its own ([agent] state_dir)"
+    )]
     InUse {
         /// The folder.
         path: PathBuf,
     },
     /// It is not what this version wrote.
-    #[error("state file {path} is damaged ({reason}); the layers are not affected: move it away and create the groups again")]
+    #[error(
+        "state file {path} is damaged ({reason}); the layers are not affected: move it away and create the groups again"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -120,30 +124,54 @@ impl State {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(source) => {
-                return Err(StateError::Io { path: path.into(), what: "read", source });
+                return Err(StateError::Io {
+                    path: path.into(),
+                    what: "read",
+                    source,
+                });
             }
         };
-        let damaged = |reason: String| StateError::Damaged { path: path.into(), reason };
+        let damaged = |reason: String| StateError::Damaged {
+            path: path.into(),
+            reason,
+        };
         let state: Self = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
         if state.version != VERSION {
-            return Err(damaged(format!("it has version {}, this agent knows {VERSION}", state.version)));
+            return Err(damaged(format!(
+                "it has version {}, this agent knows {VERSION}",
+                state.version
+            )));
         }
         Ok(state)
     }
 
     /// Writes the state so that a crash leaves the old or the new one.
     pub fn save(&self, path: &Path) -> Result<(), StateError> {
-        let failed = |what| move |source| StateError::Io { path: path.to_owned(), what, source };
-        let state = Self { version: VERSION, boot_id: boot_id(), ..self.clone() };
-        let bytes = serde_json::to_vec_pretty(&state)
-            .map_err(|e| StateError::Damaged { path: path.into(), reason: e.to_string() })?;
+        let failed = |what| {
+            move |source| StateError::Io {
+                path: path.to_owned(),
+                what,
+                source,
+            }
+        };
+        let state = Self {
+            version: VERSION,
+            boot_id: boot_id(),
+            ..self.clone()
+        };
+        let bytes = serde_json::to_vec_pretty(&state).map_err(|e| StateError::Damaged {
+            path: path.into(),
+            reason: e.to_string(),
+        })?;
         let temporary = path.with_extension("tmp");
         let mut file = File::create(&temporary).map_err(failed("create"))?;
         file.write_all(&bytes).map_err(failed("write"))?;
         file.sync_all().map_err(failed("fsync"))?;
         std::fs::rename(&temporary, path).map_err(failed("rename"))?;
         let folder = path.parent().unwrap_or(Path::new("/"));
-        File::open(folder).and_then(|f| f.sync_all()).map_err(failed("fsync of its folder"))
+        File::open(folder)
+            .and_then(|f| f.sync_all())
+            .map_err(failed("fsync of its folder"))
     }
 }
 
@@ -155,7 +183,10 @@ mod tests {
     fn a_state_directory_has_one_agent() {
         let dir = tempfile::tempdir().unwrap();
         let held = StateLock::take(dir.path()).unwrap();
-        assert!(matches!(StateLock::take(dir.path()), Err(StateError::InUse { .. })));
+        assert!(matches!(
+            StateLock::take(dir.path()),
+            Err(StateError::InUse { .. })
+        ));
         drop(held);
         StateLock::take(dir.path()).unwrap();
     }
@@ -170,6 +201,11 @@ mod tests {
         let mut bytes = std::fs::read(&path).unwrap();
         bytes.truncate(bytes.len() / 2);
         std::fs::write(&path, bytes).unwrap();
-        assert!(State::load(&path).unwrap_err().to_string().contains("damaged"));
+        assert!(
+            State::load(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("damaged")
+        );
     }
 }

@@ -438,7 +438,10 @@ fn a_clock_that_goes_back_by_a_year_does_not_silence_the_planner() {
         }
         world.finish_all();
     }
-    assert!(captured >= 3, "{captured} captures in three RPOs after the step");
+    assert!(
+        captured >= 3,
+        "{captured} captures in three RPOs after the step"
+    );
 }
 
 #[test]
