@@ -10,12 +10,12 @@ use soe_common::record::DiskStats;
 use tokio::sync::{broadcast, oneshot};
 
 use super::ServiceError;
-use super::state::{Group, State, boot_id};
+use super::state::{Group, State, StateLock, boot_id};
 use crate::api::engine::EngineError;
 use crate::api::types::{Decision, LayerInfo, WatchEvent, WatchItem};
 use crate::capture::guard::marker;
-use crate::capture::mounts::ProtectedPath;
-use crate::capture::{FreezeGuard, PathSettling};
+use crate::capture::mounts::{Mounts, ProtectedPath};
+use crate::capture::{FreezeError, FreezeGuard, PathSettling};
 use crate::config::{Bandwidth, Compression, Config};
 use crate::history::{HistoryStore, Retention, StoreConfig};
 use crate::io::{PacedBy, SystemClock};
@@ -78,6 +78,7 @@ type Waiter = oneshot::Sender<Result<Vec<LayerInfo>, EngineError>>;
 
 /// The running agent.
 pub struct Agent {
+    _state_lock: StateLock,
     pub(super) config: Config,
     pub(super) scale: TimeScale,
     pub(super) clock: Arc<SystemClock>,
@@ -112,6 +113,8 @@ impl Agent {
     /// anything that takes long.
     pub fn open(config: Config, metrics: Arc<Metrics>) -> Result<Self, ServiceError> {
         let state_dir = config.state_dir();
+        // Before the thaw: what another agent froze a moment ago is not ours to thaw.
+        let state_lock = StateLock::take(&state_dir)?;
         let marker = PathBuf::from("/dev/shm").join(format!(
             "soe-frozen-{}",
             blake3::hash(state_dir.as_os_str().as_encoded_bytes())
@@ -196,6 +199,7 @@ impl Agent {
         planner.staging.budget_bytes = config.staging.budget;
         let (watch, _) = broadcast::channel(WATCH_BACKLOG);
         let agent = Self {
+            _state_lock: state_lock,
             scale,
             clock: Arc::new(SystemClock),
             tracker,
@@ -248,6 +252,27 @@ impl Agent {
         }
     }
 
+    /// Begins tracking a volume that a user puts into a group, unless a capture of it would freeze
+    /// what the agent itself writes to.
+    pub(super) fn adopt_new_volume(&self, name: &str) -> Result<Arc<Entry>, ServiceError> {
+        let volume = volumes::resolve(std::path::Path::new(name))?;
+        self.refuse_own_filesystem(&volume)?;
+        self.adopt_volume(name)
+    }
+
+    /// Fails when something of the agent's own lies on a filesystem of `volume`.
+    fn refuse_own_filesystem(&self, volume: &Volume) -> Result<(), ServiceError> {
+        let device = (
+            rustix::fs::major(volume.rdev),
+            rustix::fs::minor(volume.rdev),
+        );
+        match Mounts::default().superblocks(&[device], &self.protected()) {
+            Err(error @ FreezeError::Protected { .. }) => Err(error.into()),
+            // Whatever else hinders a freeze is told by the capture that needs one.
+            _ => Ok(()),
+        }
+    }
+
     /// Begins (or goes on) tracking a volume.
     pub(super) fn adopt_volume(&self, name: &str) -> Result<Arc<Entry>, ServiceError> {
         if let Some(entry) = lock(&self.entries).get(name) {
@@ -265,6 +290,8 @@ impl Agent {
             Some(_) => GenerationEnd::GapMiss,
             None => GenerationEnd::First,
         };
+        // The first window begins now; what the kernel counted while no agent ran belongs to none.
+        let last = track.stats().ok().map(|stats| (self.clock.now(), stats));
         let region = soe_common::SECTOR_SIZE << track.geometry().region_shift;
         let entry = Arc::new(Entry {
             name: name.to_string(),
@@ -272,7 +299,7 @@ impl Agent {
             reason: Mutex::new(reason),
             settling: Mutex::new(PathSettling::new(PATH_SETTLES_AFTER, 0)),
             sampling: Mutex::new(Sampling {
-                last: None,
+                last,
                 bin: None,
                 heat: BTreeMap::new(),
                 window: None,

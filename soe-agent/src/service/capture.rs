@@ -184,6 +184,9 @@ impl Agent {
         let guard = self.guard();
         let freezer = match guard.as_deref().map(|guard| self.freezer(guard, &entries)) {
             Some(Ok(freezer)) => freezer,
+            Some(Err(error @ FreezeError::Protected { .. })) => {
+                return Err(Failed::new(ErrorKind::Unsafe, &error));
+            }
             // Without a freezer the optimistic cut is still possible; if it fails, this is why.
             Some(Err(error)) => {
                 tracing::warn!(group, %error, "filesystems cannot be frozen for this capture");

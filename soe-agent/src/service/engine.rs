@@ -48,6 +48,7 @@ pub(super) fn service_error(error: ServiceError) -> EngineError {
             ErrorKind::InvalidArgument
         }
         ServiceError::Tracker(crate::observe::TrackerError::Full { .. }) => ErrorKind::Exhausted,
+        refusal if refusal.is_refusal() => ErrorKind::Unsafe,
         _ => ErrorKind::Internal,
     };
     EngineError::new(kind, error.to_string())

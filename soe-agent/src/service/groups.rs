@@ -77,7 +77,7 @@ impl Agent {
             resolved.push(volume.rdev);
         }
         for name in &spec.volumes {
-            self.adopt_volume(name).map_err(service_error)?;
+            self.adopt_new_volume(name).map_err(service_error)?;
         }
         let group = Group {
             name: spec.name.clone(),
@@ -141,7 +141,7 @@ impl Agent {
                     format!("{name} is in a group already"),
                 ));
             }
-            self.adopt_volume(&name).map_err(service_error)?;
+            self.adopt_new_volume(&name).map_err(service_error)?;
             group.volumes.push(name);
         }
         if group.volumes.is_empty() {

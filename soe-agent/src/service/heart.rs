@@ -76,6 +76,11 @@ pub(super) fn beat(agent: &Arc<Agent>) {
         }
         lock(&agent.jobs).retain(|job| !job.is_finished());
     }
+    // The windows that the stop cut short.
+    for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
+        sample(agent, &entry, true);
+    }
+    sample_apps(agent, &mut apps);
 }
 
 /// Closes the window of one volume.
@@ -119,6 +124,10 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
         .and_then(|()| agent.history.append(&heat_rows))
     {
         tracing::warn!(%error, "the history could not be written; its rows wait in memory");
+    }
+    if agent.stopping() {
+        // Nothing is decided any more.
+        return;
     }
     let name = VolumeName::from(entry.name.as_str());
     let bytes = window.read.bytes.unwrap_or(0) + window.write.bytes.unwrap_or(0);

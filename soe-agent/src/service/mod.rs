@@ -20,9 +20,10 @@ use std::sync::Arc;
 
 pub use agent::Agent;
 pub use report::{layer_detail, layer_info};
-pub use state::{Group, State, StateError};
+pub use state::{Group, State, StateError, StateLock};
 
 use crate::api::server::{ApiError, Listeners, ServiceState, service_notify};
+use crate::api::socket::SocketError;
 use crate::config::Config;
 use crate::metrics::Metrics;
 
@@ -100,6 +101,8 @@ impl ServiceError {
         matches!(
             self,
             Self::Tracker(crate::observe::TrackerError::Owned { .. })
+                | Self::State(StateError::InUse { .. })
+                | Self::Api(ApiError::Socket(SocketError::InUse { .. }))
                 | Self::Guard(
                     crate::capture::FreezeError::Protected { .. }
                         | crate::capture::FreezeError::AlreadyFrozen { .. }

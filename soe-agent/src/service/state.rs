@@ -66,6 +66,14 @@ pub enum StateError {
         /// Why.
         source: io::Error,
     },
+    /// Another agent works with the folder.
+    #[error(
+        "another agent works with the state directory {path}; stop it, or give this one its own ([agent] state_dir)"
+    )]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+    },
     /// It is not what this version wrote.
     #[error(
         "state file {path} is damaged ({reason}); the layers are not affected: move it away and create the groups again"
@@ -83,6 +91,30 @@ pub fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map(|text| text.trim().to_string())
         .unwrap_or_default()
+}
+
+/// The lock of a state directory, held until dropped or the process ends.
+#[derive(Debug)]
+pub struct StateLock(#[expect(dead_code, reason = "the open file is the lock")] File);
+
+impl StateLock {
+    /// Takes the lock of the directory `dir`.
+    ///
+    /// # Errors
+    /// [`StateError::InUse`] when another process has it.
+    pub fn take(dir: &Path) -> Result<Self, StateError> {
+        let path = dir.join("lock");
+        let failed = |what| {
+            let path = path.clone();
+            move |source| StateError::Io { path, what, source }
+        };
+        let file = File::create(&path).map_err(failed("create"))?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(StateError::InUse { path: dir.into() }),
+            Err(error) => Err(failed("lock")(error.into())),
+        }
+    }
 }
 
 impl State {
@@ -146,6 +178,18 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_directory_has_one_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = StateLock::take(dir.path()).unwrap();
+        assert!(matches!(
+            StateLock::take(dir.path()),
+            Err(StateError::InUse { .. })
+        ));
+        drop(held);
+        StateLock::take(dir.path()).unwrap();
+    }
 
     #[test]
     fn a_missing_file_is_empty_and_a_damaged_one_is_an_error() {
