@@ -16,7 +16,7 @@ use super::volumes::SlowOrigin;
 /// The group's name.
 pub const GROUP: &str = "demo";
 /// Age that the newest layer should not exceed.
-pub const RPO: Duration = Duration::from_secs(24);
+pub const RPO: Duration = Duration::from_secs(28);
 /// Longest pause of writes that a cut may cause.
 pub const MAX_PAUSE: Duration = Duration::from_millis(100);
 const READY_LIMIT: Duration = Duration::from_secs(30);

@@ -1,7 +1,7 @@
 //! The demo on real devices.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -13,7 +13,7 @@ use super::stop;
 use super::summary::{self, Proof, Report};
 use super::view::{Screen, millis, size};
 use super::volumes::{SlowOrigin, VOLUME_BYTES, Volume, tool};
-use super::watch;
+use super::watch::{self, Seen};
 use super::workload::{self, Workload};
 
 const CALL_LIMIT: Duration = Duration::from_secs(30);
@@ -64,18 +64,71 @@ pub fn run(soe: &Path, history: Option<&Path>, total: Duration) -> Result<bool> 
     let fio_log = home.path().join("fio.log");
     let mut workload = Workload::start(&volumes, &origin, &fio_log)?;
     let mut screen = Screen::new(format!("origin {}", origin.described));
-    let seen = watch::watch(&agent, &volumes, &origin, &mut workload, &mut screen, total)?;
+    let mut seen = Seen::default();
+    let watched = watch::watch(
+        &agent,
+        &volumes,
+        &origin,
+        &mut workload,
+        &mut screen,
+        total,
+        &mut seen,
+    );
     let bursts = workload.bursts();
     workload.stop();
-
     println!();
-    for volume in &mut volumes {
+
+    let mut proofs = Vec::new();
+    let proven =
+        watched.and_then(|()| prove(&mut agent, &home, &origin, &mut volumes, &mut proofs));
+    stop::check()?;
+    let (layers, verified, ended, failure) = match proven {
+        Ok(proven) => (proven.layers, proven.verified, proven.ended, None),
+        Err(error) => (
+            watch::list(&agent).unwrap_or_default(),
+            verify(&agent),
+            agent.end(),
+            Some(format!("{error:#}")),
+        ),
+    };
+
+    let report = Report {
+        took: began.elapsed(),
+        bursts,
+        seen: &seen,
+        layers: &layers,
+        proofs: &proofs,
+        verified: &verified,
+        ended: ended.and_then(|status| status.code()),
+        warnings: agent.warnings(),
+        failure,
+    };
+    println!("{}", summary::table(&report));
+    summary::history(soe, history);
+    Ok(report.good())
+}
+
+/// What came of capturing for the last time, losing a volume and restoring.
+struct Proven {
+    layers: Vec<Layer>,
+    verified: Result<String>,
+    ended: Option<ExitStatus>,
+}
+
+/// Captures once more, takes checksums, kills the agent, loses a volume, restores both.
+fn prove(
+    agent: &mut Agent,
+    home: &Home,
+    origin: &SlowOrigin,
+    volumes: &mut [Volume],
+    proofs: &mut Vec<Proof>,
+) -> Result<Proven> {
+    for volume in volumes.iter_mut() {
         let how = volume.still()?;
         say(&format!("the workload is over; {} is {how}", volume.name));
     }
     let last: Layers = agent.ask(&["layer", "capture", GROUP, "--json"], CAPTURE_LIMIT)?;
-    let mut proofs = Vec::new();
-    for volume in &volumes {
+    for volume in volumes.iter() {
         let layer = layer_of(&last.layers, &volume.device)?;
         say(&format!(
             "last layer of {}: {} by {}, pause {}, {} blocks",
@@ -96,7 +149,7 @@ pub fn run(soe: &Path, history: Option<&Path>, total: Duration) -> Result<bool> 
             took: Duration::ZERO,
         });
     }
-    let layers = watch::list(&agent)?;
+    let layers = watch::list(agent)?;
 
     agent.kill()?;
     say("the agent was killed with SIGKILL");
@@ -107,30 +160,19 @@ pub fn run(soe: &Path, history: Option<&Path>, total: Duration) -> Result<bool> 
             lost.name, lost.device
         ));
     }
-    let restarted = agent.start(&origin)?;
+    let restarted = agent.start(origin)?;
     say(&format!(
         "a new agent was ready after {:.1} s",
         restarted.as_secs_f64()
     ));
-    for proof in &mut proofs {
-        restore(&agent, &home, proof)?;
+    for proof in proofs.iter_mut() {
+        restore(agent, home, proof)?;
     }
-    let verified = verify(&agent);
-    let ended = agent.end();
-
-    let report = Report {
-        took: began.elapsed(),
-        bursts,
-        seen: &seen,
-        layers: &layers,
-        proofs: &proofs,
-        verified: &verified,
-        ended: ended.and_then(|status| status.code()),
-        warnings: agent.warnings(),
-    };
-    println!("{}", summary::table(&report));
-    summary::history(soe, history);
-    Ok(report.good())
+    Ok(Proven {
+        layers,
+        verified: verify(agent),
+        ended: agent.end(),
+    })
 }
 
 fn create_group(agent: &Agent, volumes: &[Volume]) -> Result<()> {

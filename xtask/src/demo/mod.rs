@@ -62,15 +62,13 @@ pub fn command(args: &Args) -> Result<i32> {
             simulated::run(&soe, history)
         }
     };
-    if let Some(dir) = history {
-        // Only when nothing was written into it.
-        let _ = std::fs::remove_dir(dir);
-    }
-    if outcome.is_err() && history.is_some_and(Path::exists) {
-        println!(
-            "demo: everything was removed but {}",
-            history.unwrap_or(Path::new("")).display()
-        );
+    if let Some(dir) = history
+        && outcome.is_err()
+    {
+        remove_empty(dir);
+        if dir.exists() {
+            println!("demo: everything was removed but {}", dir.display());
+        }
     }
     Ok(i32::from(!outcome?))
 }
@@ -122,6 +120,16 @@ fn history_dir(args: &Args) -> Result<Option<PathBuf>> {
         );
     }
     Ok(Some(dir))
+}
+
+/// Removes a history in which nothing but its lock was ever written.
+fn remove_empty(dir: &Path) {
+    let empty = std::fs::read_dir(dir).is_ok_and(|mut entries| {
+        entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == ".lock"))
+    });
+    if empty {
+        let _ = std::fs::remove_dir_all(dir);
+    }
 }
 
 /// What keeps the demo from running on real devices; `None` if nothing does.

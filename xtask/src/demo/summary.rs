@@ -57,12 +57,15 @@ pub struct Report<'a> {
     pub ended: Option<i32>,
     /// What the agent warned of.
     pub warnings: Vec<String>,
+    /// What kept the demo from running its course.
+    pub failure: Option<String>,
 }
 
 impl Report<'_> {
     /// Whether everything came back as it was.
     pub fn good(&self) -> bool {
-        !self.proofs.is_empty()
+        self.failure.is_none()
+            && !self.proofs.is_empty()
             && self.proofs.iter().all(Proof::equal)
             && self.verified.is_ok()
             && self.ended == Some(0)
@@ -234,7 +237,13 @@ pub fn table(report: &Report<'_>) -> String {
     for warning in report.warnings.iter().take(5) {
         row("", warning.chars().take(150).collect());
     }
-    row("whole demo", format!("{:.0} s", report.took.as_secs_f64()));
+    if let Some(failure) = &report.failure {
+        row("FAILED", failure.clone());
+    }
+    row(
+        "whole demo, once built",
+        format!("{:.0} s", report.took.as_secs_f64()),
+    );
     out
 }
 

@@ -17,7 +17,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 const MIB: u64 = 1 << 20;
 
 /// Size of each volume.
-pub const VOLUME_BYTES: u64 = 192 * MIB;
+pub const VOLUME_BYTES: u64 = 160 * MIB;
 /// What the slow origin reads and writes a second, each.
 pub const ORIGIN_BYTES_PER_SECOND: u64 = 32 * MIB;
 /// How many operations it does a second, in each direction.

@@ -89,7 +89,7 @@ impl Views {
 /// Longest time without a view.
 const SILENCE: Duration = Duration::from_secs(20);
 
-/// Runs the workload for `total` and shows what the agent makes of it.
+/// Runs the workload for `total`, shows what the agent makes of it, and takes it down in `seen`.
 pub fn watch(
     agent: &Agent,
     volumes: &[Volume],
@@ -97,11 +97,11 @@ pub fn watch(
     workload: &mut Workload,
     screen: &mut Screen,
     total: Duration,
-) -> Result<Seen> {
+    seen: &mut Seen,
+) -> Result<()> {
     let views = Views::open(agent)?;
     let names: BTreeMap<String, &'static str> =
         volumes.iter().map(|v| (v.device.clone(), v.name)).collect();
-    let mut seen = Seen::default();
     let mut layers: Vec<Layer> = Vec::new();
     let mut forecasts = BTreeMap::new();
     let mut decided: BTreeMap<String, Decision> = BTreeMap::new();
@@ -115,7 +115,7 @@ pub fn watch(
                 workload.elapsed(),
                 &format!("burst {burst} of the workload begins"),
             );
-            for text in prepare(&mut seen, burst, &names) {
+            for text in prepare(seen, burst, &names) {
                 screen.event(workload.elapsed(), &text);
             }
         }
@@ -129,7 +129,7 @@ pub fn watch(
         };
         heard = workload.elapsed();
         count += 1;
-        note(&mut seen, &view);
+        note(seen, &view);
         for volume in view.groups.iter().flat_map(|group| &group.volumes) {
             let Some(decision) = &volume.last_decision else {
                 continue;
@@ -178,7 +178,7 @@ pub fn watch(
         screen.show(&view, &moment);
         seen.last = view;
     }
-    Ok(seen)
+    Ok(())
 }
 
 /// Takes down what the last view before a burst said, and puts it in words.

@@ -27,9 +27,9 @@ pub fn fill(volumes: &[Volume]) -> Result<()> {
         fio.args(["--rw=write", "--bs=1m", "--end_fsync=1"]);
         for (name, size) in [
             ("hot", "24m"),
-            ("cold", "72m"),
+            ("cold", "48m"),
             ("small", "16m"),
-            ("log", "24m"),
+            ("log", "16m"),
         ] {
             fio.arg(format!("--name={name}"))
                 .arg(format!("--filename={name}"))
@@ -127,7 +127,7 @@ impl Workload {
         if let Some(volume) = volumes.last() {
             let mut appends = job(origin, volume, "appends")?;
             appends
-                .args(["--filename=log", "--size=24m", "--rw=write", "--bs=32k"])
+                .args(["--filename=log", "--size=16m", "--rw=write", "--bs=32k"])
                 .args(["--rate=3m", "--time_based", &runtime]);
             self.burst.push(Process::logged(&mut appends, &self.log)?);
         }
