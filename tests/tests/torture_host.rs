@@ -95,19 +95,25 @@ fn every_layer_of_a_group_is_the_devices_at_one_instant() {
     let links = AtomicU64::new(0);
     let mut books = Books::default();
     let wanted = number("SOE_TORTURE_CAPTURES").unwrap_or(60);
+    let big = Habit {
+        sectors: 8..512,
+        zero_every: 8,
+        think_us: 0..300,
+    };
+    let small = Habit {
+        sectors: 1..17,
+        zero_every: 12,
+        think_us: 50..400,
+    };
+    let stamped = areas(STAMPED / SECTOR as u64, 4);
+    let rhythm = Rhythm {
+        open: 2..20,
+        gap: 4..20,
+        long_every: 5,
+        long: 60..110,
+    };
     std::thread::scope(|scope| {
         let _end = EndOnDrop(&gate);
-        let big = Habit {
-            sectors: 8..512,
-            zero_every: 8,
-            think_us: 0..300,
-        };
-        let small = Habit {
-            sectors: 1..17,
-            zero_every: 12,
-            think_us: 50..400,
-        };
-        let stamped = areas(STAMPED / SECTOR as u64, 4);
         for target in &targets {
             let seed = seed ^ (target.volume as u64 + 1) << 8;
             let (one, two) = (stamped[0].clone(), stamped[1].clone());
@@ -126,12 +132,6 @@ fn every_layer_of_a_group_is_the_devices_at_one_instant() {
             let area = 0..BYTES / SECTOR as u64;
             scribble(&noise, area, &small, &history, &gate, seed ^ 77);
         });
-        let rhythm = Rhythm {
-            open: 2..20,
-            gap: 4..20,
-            long_every: 5,
-            long: 60..110,
-        };
         scope.spawn(|| gate.beat(&rhythm, seed ^ 99));
 
         let deadline = Instant::now() + Duration::from_secs(30 + wanted * 3);
@@ -202,7 +202,7 @@ fn fio_area_survives(rig: &mut Rig, disk: &LoopDevice, offset: u64, bytes: u64, 
                 &format!("--offset={offset}"),
                 &format!("--size={bytes}"),
                 "--rw=randwrite",
-                "--bsrange=4k-64k",
+                "--bs=4k",
                 "--direct=1",
                 "--ioengine=psync",
                 "--verify=crc32c",
@@ -282,21 +282,21 @@ fn frozen_filesystems_are_captured_at_one_instant() {
     let mut books = Books::default();
     let wanted = number("SOE_TORTURE_CAPTURES").map_or(25, |n| n / 4);
     let mut checked = 0;
+    let habit = Habit {
+        sectors: 1..257,
+        zero_every: 0,
+        think_us: 100..1500,
+    };
+    let stamped = areas(STAMPED / SECTOR as u64, 2);
+    let chain: Vec<&Target> = targets.iter().collect();
     std::thread::scope(|scope| {
         let _end = EndOnDrop(&gate);
-        let habit = Habit {
-            sectors: 1..257,
-            zero_every: 0,
-            think_us: 100..1500,
-        };
-        let stamped = areas(STAMPED / SECTOR as u64, 2);
         for target in &targets {
             let seed = seed ^ (target.volume as u64 + 1) << 8;
             let area = stamped[0].clone();
             let (history, gate, habit) = (&*history, &gate, &habit);
             scope.spawn(move || scribble(target, area, habit, history, gate, seed));
         }
-        let chain: Vec<&Target> = targets.iter().collect();
         scope.spawn(|| depend(&chain, stamped[1].clone(), &history, &gate, &links, seed));
         scope.spawn(|| churn(mounts[1].path(), &gate, seed));
 
