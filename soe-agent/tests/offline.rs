@@ -170,7 +170,7 @@ fn what_is_not_there_is_said_in_one_sentence() {
     fails(
         &soe(&["layer", "verify", "db", "--store", empty.to_str().unwrap()]),
         1,
-        "group db",
+        "there is no layer store",
     );
 }
 

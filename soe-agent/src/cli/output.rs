@@ -235,7 +235,7 @@ mod tests {
         table.row(["é".into(), "22".into()]);
         assert_eq!(
             table.render(false),
-            "NAME          N\na\\u{1b}[31m  1\né             22\n"
+            "NAME         N\na\\u{1b}[31m  1\né            22\n"
         );
         assert!(table.render(true).starts_with("\x1b[1mNAME"));
     }

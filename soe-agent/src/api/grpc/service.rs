@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use futures::StreamExt;
-use futures::future::{BoxFuture, ready};
+use futures::future::ready;
 use futures::stream::{self, BoxStream};
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
@@ -12,7 +12,7 @@ use super::span::{Effect, Span};
 use super::status::{caller, to_status};
 use crate::api::audit::{Audit, Caller, Entry, Outcome};
 use crate::api::convert::{self, WireError};
-use crate::api::engine::{Engine, EngineError, Reply};
+use crate::api::engine::{Engine, EngineError, Reply, StreamReply};
 use crate::api::pb::snapshot_orchestration_server::SnapshotOrchestration;
 use crate::api::types::{
     Event, EventQuery, GroupSpec, GroupUpdate, HostUpdate, RestorePhase, RestoreProgress,
@@ -78,17 +78,19 @@ impl Service {
         span
     }
 
-    async fn unary<T, P>(
-        &self,
+    /// Answers with what `work` gives. It is only begun when the arguments passed their check: an
+    /// engine may do part of its work before the first poll.
+    async fn unary<'a, T, P>(
+        &'a self,
         span: Span,
         checked: Result<(), EngineError>,
-        work: Reply<'_, T>,
+        work: impl FnOnce() -> Reply<'a, T>,
     ) -> Result<Response<P>, Status>
     where
         P: From<T>,
     {
         let result = match checked {
-            Ok(()) => work.await,
+            Ok(()) => work().await,
             Err(error) => Err(error),
         };
         span.end(result.as_ref().err());
@@ -99,11 +101,11 @@ impl Service {
 
     /// Runs a stream. `is_last` tells the item after which the work is done; without it the work is
     /// done when the stream ends.
-    async fn stream<T, P>(
-        &self,
+    async fn stream<'a, T, P>(
+        &'a self,
         span: Span,
         checked: Result<(), EngineError>,
-        work: BoxFuture<'_, Result<BoxStream<'static, Result<T, EngineError>>, EngineError>>,
+        work: impl FnOnce() -> StreamReply<'a, T>,
         is_last: Option<fn(&T) -> bool>,
     ) -> Streamed<P>
     where
@@ -111,7 +113,7 @@ impl Service {
         P: From<T> + Send + 'static,
     {
         let begun = match checked {
-            Ok(()) => work.await,
+            Ok(()) => work().await,
             Err(error) => Err(error),
         };
         let items = match begun {
@@ -183,11 +185,9 @@ impl SnapshotOrchestration for Service {
         let caller = caller(&request);
         let spec: GroupSpec = read!(request.into_inner());
         let span = self.span("CreateSnapshotGroup", Effect::Changes, caller, &spec.name);
-        self.unary(
-            span,
-            validate::group_spec(&spec),
-            self.engine.create_group(spec),
-        )
+        self.unary(span, validate::group_spec(&spec), || {
+            self.engine.create_group(spec)
+        })
         .await
     }
 
@@ -202,11 +202,9 @@ impl SnapshotOrchestration for Service {
             "",
         );
         let name = request.into_inner().group_name;
-        self.unary(
-            span,
-            validate::group_name(&name),
-            self.engine.group_status(name),
-        )
+        self.unary(span, validate::group_name(&name), || {
+            self.engine.group_status(name)
+        })
         .await
     }
 
@@ -217,11 +215,9 @@ impl SnapshotOrchestration for Service {
         let caller = caller(&request);
         let update: GroupUpdate = read!(request.into_inner());
         let span = self.span("UpdateSnapshotGroup", Effect::Changes, caller, &update.name);
-        self.unary(
-            span,
-            validate::group_update(&update),
-            self.engine.update_group(update),
-        )
+        self.unary(span, validate::group_update(&update), || {
+            self.engine.update_group(update)
+        })
         .await
     }
 
@@ -230,7 +226,7 @@ impl SnapshotOrchestration for Service {
         request: Request<pb::ListSnapshotGroupsRequest>,
     ) -> Result<Response<pb::ListSnapshotGroupsResponse>, Status> {
         let span = self.span("ListSnapshotGroups", Effect::Reads, caller(&request), "");
-        self.unary(span, Ok(()), self.engine.list_groups()).await
+        self.unary(span, Ok(()), || self.engine.list_groups()).await
     }
 
     async fn delete_snapshot_group(
@@ -244,11 +240,9 @@ impl SnapshotOrchestration for Service {
         } = request.into_inner();
         let span = self.span("DeleteSnapshotGroup", Effect::Changes, caller, &group_name);
         let checked = validate::group_name(&group_name);
-        self.unary(
-            span,
-            checked,
-            self.engine.delete_group(group_name, delete_layers),
-        )
+        self.unary(span, checked, || {
+            self.engine.delete_group(group_name, delete_layers)
+        })
         .await
     }
 
@@ -259,11 +253,9 @@ impl SnapshotOrchestration for Service {
         let caller = caller(&request);
         let update: HostUpdate = read!(request.into_inner());
         let span = self.span("SetHostMetadata", Effect::Changes, caller, &update.group);
-        self.unary(
-            span,
-            validate::host_update(&update),
-            self.engine.set_host_metadata(update),
-        )
+        self.unary(span, validate::host_update(&update), || {
+            self.engine.set_host_metadata(update)
+        })
         .await
     }
 
@@ -276,7 +268,7 @@ impl SnapshotOrchestration for Service {
         let kind = convert::layer_kind_from_pb(kind).map_err(|e| to_status(e.into()))?;
         let span = self.span("CaptureLayer", Effect::Works, caller, &group_name);
         let checked = validate::group_name(&group_name);
-        self.unary(span, checked, self.engine.capture(group_name, kind))
+        self.unary(span, checked, || self.engine.capture(group_name, kind))
             .await
     }
 
@@ -287,11 +279,9 @@ impl SnapshotOrchestration for Service {
         let span = self.span("ListLayers", Effect::Reads, caller(&request), "");
         let pb::ListLayersRequest { group_name, volume } = request.into_inner();
         let checked = validate::group_name(&group_name);
-        self.unary(
-            span,
-            checked,
-            self.engine.list_layers(group_name, some(volume)),
-        )
+        self.unary(span, checked, || {
+            self.engine.list_layers(group_name, some(volume))
+        })
         .await
     }
 
@@ -301,11 +291,9 @@ impl SnapshotOrchestration for Service {
     ) -> Result<Response<pb::LayerDetail>, Status> {
         let span = self.span("ShowLayer", Effect::Reads, caller(&request), "");
         let id = request.into_inner().id;
-        self.unary(
-            span,
-            validate::name("layer", &id),
-            self.engine.show_layer(id),
-        )
+        self.unary(span, validate::name("layer", &id), || {
+            self.engine.show_layer(id)
+        })
         .await
     }
 
@@ -322,7 +310,7 @@ impl SnapshotOrchestration for Service {
         self.stream(
             span,
             checked,
-            self.engine.verify_layers(group_name, some(volume)),
+            || self.engine.verify_layers(group_name, some(volume)),
             Some(is_last),
         )
         .await
@@ -345,13 +333,16 @@ impl SnapshotOrchestration for Service {
             .and_then(|()| validate::name("volume", &volume))
             .and_then(|()| validate::name("layer", &from_layer))
             .and_then(|()| validate::name("layer", &to_layer));
-        let work = self
-            .engine
-            .diff_layers(group_name, volume, from_layer, to_layer);
-        let bounded = Box::pin(async move {
-            let pieces = work.await?;
-            Ok(pieces.flat_map(split_piece).boxed())
-        });
+        let work = move || {
+            self.engine
+                .diff_layers(group_name, volume, from_layer, to_layer)
+        };
+        let bounded = || -> StreamReply<'_, Vec<ByteRange>> {
+            Box::pin(async move {
+                let pieces = work().await?;
+                Ok(pieces.flat_map(split_piece).boxed())
+            })
+        };
         self.stream(span, checked, bounded, None).await
     }
 
@@ -371,7 +362,7 @@ impl SnapshotOrchestration for Service {
         self.stream(
             span,
             validate::restore(&request),
-            self.engine.restore(request),
+            || self.engine.restore(request),
             Some(is_last),
         )
         .await
@@ -382,7 +373,8 @@ impl SnapshotOrchestration for Service {
         request: Request<pb::ListVolumesRequest>,
     ) -> Result<Response<pb::ListVolumesResponse>, Status> {
         let span = self.span("ListVolumes", Effect::Reads, caller(&request), "");
-        self.unary(span, Ok(()), self.engine.list_volumes()).await
+        self.unary(span, Ok(()), || self.engine.list_volumes())
+            .await
     }
 
     async fn trace_record(
@@ -398,7 +390,7 @@ impl SnapshotOrchestration for Service {
         let span = self.span("TraceRecord", Effect::Works, caller, &volume);
         let checked =
             validate::name("volume", &volume).and_then(|()| validate::recording(duration));
-        self.unary(span, checked, self.engine.record_trace(volume, duration))
+        self.unary(span, checked, || self.engine.record_trace(volume, duration))
             .await
     }
 
@@ -410,7 +402,7 @@ impl SnapshotOrchestration for Service {
         let pb::ForecastRequest { volume, horizon_s } = request.into_inner();
         let horizon = std::time::Duration::from_secs(horizon_s);
         let checked = validate::name("volume", &volume).and_then(|()| validate::horizon(horizon));
-        self.unary(span, checked, self.engine.forecast(volume, horizon))
+        self.unary(span, checked, || self.engine.forecast(volume, horizon))
             .await
     }
 
@@ -419,11 +411,9 @@ impl SnapshotOrchestration for Service {
         request: Request<pb::ModelRequest>,
     ) -> Result<Response<pb::ModelReport>, Status> {
         let span = self.span("ModelShow", Effect::Reads, caller(&request), "");
-        self.unary(
-            span,
-            Ok(()),
-            self.engine.model_show(some(request.into_inner().volume)),
-        )
+        self.unary(span, Ok(()), || {
+            self.engine.model_show(some(request.into_inner().volume))
+        })
         .await
     }
 
@@ -434,7 +424,7 @@ impl SnapshotOrchestration for Service {
         let caller = caller(&request);
         let volume = request.into_inner().volume;
         let span = self.span("ModelTrain", Effect::Works, caller, &volume);
-        self.unary(span, Ok(()), self.engine.model_train(some(volume)))
+        self.unary(span, Ok(()), || self.engine.model_train(some(volume)))
             .await
     }
 
@@ -452,11 +442,9 @@ impl SnapshotOrchestration for Service {
             caller,
             &format!("{} {}", event.source, event.id),
         );
-        self.unary(
-            span,
-            validate::event(&event),
-            self.engine.publish_event(event),
-        )
+        self.unary(span, validate::event(&event), || {
+            self.engine.publish_event(event)
+        })
         .await
     }
 
@@ -474,14 +462,12 @@ impl SnapshotOrchestration for Service {
         } else {
             limit.min(100_000) as usize
         };
-        self.unary(
-            span,
-            Ok(()),
+        self.unary(span, Ok(()), || {
             self.engine.list_events(EventQuery {
                 since: since_unix_ns,
                 limit,
-            }),
-        )
+            })
+        })
         .await
     }
 
@@ -491,11 +477,9 @@ impl SnapshotOrchestration for Service {
     ) -> Result<Response<pb::StageReport>, Status> {
         let span = self.span("StageStatus", Effect::Reads, caller(&request), "");
         let volume = request.into_inner().volume;
-        self.unary(
-            span,
-            validate::name("volume", &volume),
-            self.engine.stage_status(volume),
-        )
+        self.unary(span, validate::name("volume", &volume), || {
+            self.engine.stage_status(volume)
+        })
         .await
     }
 
@@ -506,11 +490,9 @@ impl SnapshotOrchestration for Service {
         let caller = caller(&request);
         let volume = request.into_inner().volume;
         let span = self.span("StageNow", Effect::Works, caller, &volume);
-        self.unary(
-            span,
-            validate::name("volume", &volume),
-            self.engine.stage_now(volume),
-        )
+        self.unary(span, validate::name("volume", &volume), || {
+            self.engine.stage_now(volume)
+        })
         .await
     }
 
@@ -521,11 +503,9 @@ impl SnapshotOrchestration for Service {
         let caller = caller(&request);
         let volume = request.into_inner().volume;
         let span = self.span("StageDrop", Effect::Changes, caller, &volume);
-        self.unary(
-            span,
-            validate::name("volume", &volume),
-            self.engine.stage_drop(volume),
-        )
+        self.unary(span, validate::name("volume", &volume), || {
+            self.engine.stage_drop(volume)
+        })
         .await
     }
 
@@ -535,7 +515,7 @@ impl SnapshotOrchestration for Service {
         let span = self.span("Watch", Effect::Reads, caller(&request), "");
         let group = some(request.into_inner().group_name);
         let checked = group.as_deref().map_or(Ok(()), validate::group_name);
-        self.stream(span, checked, self.engine.watch(group), None)
+        self.stream(span, checked, || self.engine.watch(group), None)
             .await
     }
 }

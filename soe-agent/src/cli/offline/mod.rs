@@ -185,6 +185,9 @@ pub(super) fn export(
     let reader = HistoryReader::open(history)?;
     let all = Query::all().range;
     let range = selection.from.unwrap_or(all.start)..selection.to.unwrap_or(all.end);
-    let query = Query::range(range).volumes(selection.volume.iter().cloned());
+    let query = match &selection.volume {
+        Some(volume) => Query::range(range).volumes([volume.as_str()]),
+        None => Query::range(range),
+    };
     Ok(export_csv(&reader, &query, out)?)
 }
