@@ -4,6 +4,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod demo;
 mod ebpf;
 mod place;
@@ -37,6 +38,8 @@ enum Command {
     Test(test::Args),
     /// Boots another kernel in an emulated machine and runs a command or the kernel tests in it
     Vm(vm::Args),
+    /// Measures on this machine and prints figures
+    Bench(bench::Args),
     /// Checks the rules of the source tree: which room may name what, file sizes, unsafe code
     Tidy,
 }
@@ -48,6 +51,7 @@ fn main() {
         Command::Demo(args) => demo::command(&args),
         Command::Test(args) => test::command(&args),
         Command::Vm(args) => vm::command(&args),
+        Command::Bench(args) => bench::command(&args),
         Command::Tidy => tidy_command(),
     };
     match outcome {
