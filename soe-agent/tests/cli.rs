@@ -127,7 +127,9 @@ fn without_a_daemon_clients_say_how_to_start_it() {
         fails(&soe(&args), 3, "start it with `soe agent`");
     }
     // The option wins over the environment, the environment over the default.
-    let output = soe_with(&["volumes"], |c| drop(c.env("SOE_ENDPOINT", &endpoint)));
+    let output = soe_with(&["volumes"], |c| {
+        c.env("SOE_ENDPOINT", &endpoint);
+    });
     fails(&output, 3, &endpoint);
     fails(
         &soe(&["volumes", "--endpoint", "http://localhost:1"]),

@@ -83,7 +83,9 @@ impl Daemon {
 
     /// A finished `soe` with these arguments, as a client of this daemon.
     pub fn soe(&self, args: &[&str]) -> Output {
-        soe_with(args, |c| drop(c.env("SOE_ENDPOINT", self.endpoint())))
+        soe_with(args, |c| {
+            c.env("SOE_ENDPOINT", self.endpoint());
+        })
     }
 
     /// Its standard output as JSON; it must have succeeded.
