@@ -80,6 +80,8 @@ struct Write {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Submitted,
+    /// Only with [`Faults::load_before_count`].
+    QueueCount,
     QueueLoad,
     QueueStamp(usize),
     Flight,
@@ -87,6 +89,13 @@ enum Stage {
     DoneStamp(usize),
     DoneCount,
     Told,
+}
+
+impl Stage {
+    /// Whether the write is not under way yet, as far as counters go.
+    fn before_the_count(self) -> bool {
+        matches!(self, Self::Submitted | Self::QueueCount)
+    }
 }
 
 #[derive(Debug)]
@@ -263,7 +272,7 @@ impl State {
     }
 
     fn note_quiet(&mut self) {
-        let quiet = self.writes.iter().all(|w| w.stage == Stage::Submitted);
+        let quiet = self.writes.iter().all(|w| w.stage.before_the_count());
         let at = self.landings.len();
         if quiet && self.quiet.last() != Some(&at) {
             self.quiet.push(at);
@@ -364,15 +373,20 @@ impl State {
                 disk.misses.queue += 1;
                 Stage::Flight
             }
-            Stage::Submitted => {
+            Stage::Submitted if self.faults.load_before_count => {
                 write.epoch = disk.epoch;
+                Stage::QueueCount
+            }
+            Stage::QueueCount => {
+                disk.queued[write.cpu] += write.len as u64;
+                Stage::QueueStamp(0)
+            }
+            Stage::Submitted => {
                 disk.queued[write.cpu] += write.len as u64;
                 Stage::QueueLoad
             }
             Stage::QueueLoad => {
-                if !self.faults.load_before_count {
-                    write.epoch = disk.epoch;
-                }
+                write.epoch = disk.epoch;
                 Stage::QueueStamp(0)
             }
             Stage::QueueStamp(next) if stamps.store(disk, next, write.epoch) => {
@@ -481,7 +495,7 @@ impl State {
     pub(super) fn in_flight(&self, disk: usize) -> bool {
         self.writes
             .iter()
-            .any(|w| w.disk == disk && w.stage != Stage::Submitted)
+            .any(|w| w.disk == disk && !w.stage.before_the_count())
     }
 
     /// Runs until the marking programs that run now on `disk` are done.
