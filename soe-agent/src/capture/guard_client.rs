@@ -239,7 +239,13 @@ impl Drop for GuardFreezer<'_> {
         let mut line = self.guard.line();
         line.prepared += 1;
         let released = marker::create(self.guard.marker.as_deref(), &[])
-            .and_then(|page| send(&line.socket, &Ask::Prepare(Vec::new()).encode(), &[page.as_fd()]))
+            .and_then(|page| {
+                send(
+                    &line.socket,
+                    &Ask::Prepare(Vec::new()).encode(),
+                    &[page.as_fd()],
+                )
+            })
             .and_then(|()| answer(&line.socket));
         if let Err(error) = released {
             tracing::warn!(%error, "the freeze guard may still hold mount points open");

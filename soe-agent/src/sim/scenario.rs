@@ -97,14 +97,13 @@ pub fn run(seed: u64, setup: &Setup) -> Result<Tally, Violation> {
     let disks = rng.random_range(1..=3);
     let blocks = rng.random_range(6..40);
     let raw = rng.random_bool(0.3);
-    let miss = rng.random_range(0.003..0.08);
     let mut chance = |on: bool, p: f64| {
         let some = rng.random_bool(0.5);
         if on && some { p } else { 0.0 }
     };
     let (miss_queue, miss_complete, fail) = (
-        chance(setup.misses, miss),
-        chance(setup.misses, miss),
+        chance(setup.misses, 0.01),
+        chance(setup.misses, 0.01),
         chance(setup.failing_writes, 0.03),
     );
     let load = Load {

@@ -29,8 +29,6 @@ pub struct Faults {
     pub trust_untrue_counters: bool,
     /// The completion program counts before it stamps.
     pub count_before_stamp: bool,
-    /// The queue program stamps with an epoch loaded before it counted.
-    pub load_before_count: bool,
 }
 
 /// What the writers do, as probabilities.
@@ -80,8 +78,6 @@ struct Write {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Submitted,
-    /// Only with [`Faults::load_before_count`].
-    QueueCount,
     QueueLoad,
     QueueStamp(usize),
     Flight,
@@ -89,13 +85,6 @@ enum Stage {
     DoneStamp(usize),
     DoneCount,
     Told,
-}
-
-impl Stage {
-    /// Whether the write is not under way yet, as far as counters go.
-    fn before_the_count(self) -> bool {
-        matches!(self, Self::Submitted | Self::QueueCount)
-    }
 }
 
 #[derive(Debug)]
@@ -272,7 +261,7 @@ impl State {
     }
 
     fn note_quiet(&mut self) {
-        let quiet = self.writes.iter().all(|w| w.stage.before_the_count());
+        let quiet = self.writes.iter().all(|w| w.stage == Stage::Submitted);
         let at = self.landings.len();
         if quiet && self.quiet.last() != Some(&at) {
             self.quiet.push(at);
@@ -372,14 +361,6 @@ impl State {
             Stage::Submitted if self.rng.random_bool(self.load.miss_queue) => {
                 disk.misses.queue += 1;
                 Stage::Flight
-            }
-            Stage::Submitted if self.faults.load_before_count => {
-                write.epoch = disk.epoch;
-                Stage::QueueCount
-            }
-            Stage::QueueCount => {
-                disk.queued[write.cpu] += write.len as u64;
-                Stage::QueueStamp(0)
             }
             Stage::Submitted => {
                 disk.queued[write.cpu] += write.len as u64;
@@ -495,7 +476,7 @@ impl State {
     pub(super) fn in_flight(&self, disk: usize) -> bool {
         self.writes
             .iter()
-            .any(|w| w.disk == disk && !w.stage.before_the_count())
+            .any(|w| w.disk == disk && w.stage != Stage::Submitted)
     }
 
     /// Runs until the marking programs that run now on `disk` are done.
