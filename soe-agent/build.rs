@@ -32,6 +32,8 @@ fn compile_service(out: &Path) -> Result<(), Box<dyn Error>> {
     let files = protox::compile([PROTO], [PROTO_ROOT])?;
     // What reflection serves.
     std::fs::write(out.join("soe_descriptor.bin"), files.encode_to_vec())?;
-    tonic_prost_build::configure().emit_rerun_if_changed(false).compile_fds(files)?;
+    tonic_prost_build::configure()
+        .emit_rerun_if_changed(false)
+        .compile_fds(files)?;
     Ok(())
 }

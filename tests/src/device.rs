@@ -98,6 +98,11 @@ impl Mounted {
     pub fn path(&self) -> &Path {
         self.point.path()
     }
+
+    /// Unmounts it, which fails while somebody holds it.
+    pub fn unmount(self) -> io::Result<()> {
+        run("umount", &[&self.point.path().display().to_string()]).map(drop)
+    }
 }
 
 impl Drop for Mounted {

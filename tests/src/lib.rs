@@ -1,4 +1,7 @@
 //! Helpers of the tests that need a kernel: devices that a test makes itself and removes on every
-//! exit path, and writes whose content says who wrote them.
+//! exit path, and a real agent with a folder of its own.
 
+pub mod agent;
 pub mod device;
+pub mod torture;
+pub mod venv;

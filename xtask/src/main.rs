@@ -4,6 +4,8 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
+mod demo;
 mod ebpf;
 mod place;
 mod run;
@@ -30,10 +32,14 @@ enum Command {
     Setup(setup::Args),
     /// Builds the eBPF object that `soe` embeds
     BuildEbpf,
+    /// Shows the whole loop on real devices in a few minutes: load, forecasts, layers, staging, loss, restore
+    Demo(demo::Args),
     /// Runs every check and test: format, lints, unit, model, this kernel, other kernels
     Test(test::Args),
     /// Boots another kernel in an emulated machine and runs a command or the kernel tests in it
     Vm(vm::Args),
+    /// Measures on this machine and prints figures
+    Bench(bench::Args),
     /// Checks the rules of the source tree: which room may name what, file sizes, unsafe code
     Tidy,
 }
@@ -42,8 +48,10 @@ fn main() {
     let outcome = match Cli::parse().command {
         Command::Setup(args) => setup::command(&args),
         Command::BuildEbpf => ebpf::command(),
+        Command::Demo(args) => demo::command(&args),
         Command::Test(args) => test::command(&args),
         Command::Vm(args) => vm::command(&args),
+        Command::Bench(args) => bench::command(&args),
         Command::Tidy => tidy_command(),
     };
     match outcome {

@@ -93,7 +93,10 @@ impl Audit {
     /// Opens `path` for appending; creates it readable by its owner alone. A line that a crash cut
     /// short is closed, so that it spoils no other.
     pub fn open(path: &Path) -> Result<Self, AuditError> {
-        let fail = |source| AuditError::Io { path: path.to_owned(), source };
+        let fail = |source| AuditError::Io {
+            path: path.to_owned(),
+            source,
+        };
         let mut file = OpenOptions::new()
             .read(true)
             .append(true)
@@ -110,16 +113,24 @@ impl Audit {
                 file.write_all(b"\n").map_err(fail)?;
             }
         }
-        Ok(Self { path: path.to_owned(), file: Mutex::new(file) })
+        Ok(Self {
+            path: path.to_owned(),
+            file: Mutex::new(file),
+        })
     }
 
     /// Appends one line with a single write. A failure is logged: refusing every command because the
     /// disk is full would keep the operator from freeing it.
     pub fn record(&self, entry: &Entry) {
-        let written = serde_json::to_vec(entry).map_err(io::Error::from).and_then(|mut line| {
-            line.push(b'\n');
-            self.file.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line)
-        });
+        let written = serde_json::to_vec(entry)
+            .map_err(io::Error::from)
+            .and_then(|mut line| {
+                line.push(b'\n');
+                self.file
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .write_all(&line)
+            });
         if let Err(error) = written {
             tracing::error!(path = %self.path.display(), %error, call = entry.call, "the audit line was not written");
         }
@@ -140,7 +151,10 @@ pub enum Line {
 
 /// Reads every line of an audit file, oldest first.
 pub fn read(path: &Path) -> Result<Vec<Line>, AuditError> {
-    let fail = |source| AuditError::Io { path: path.to_owned(), source };
+    let fail = |source| AuditError::Io {
+        path: path.to_owned(),
+        source,
+    };
     let reader = BufReader::new(File::open(path).map_err(fail)?);
     let mut lines = Vec::new();
     for (index, line) in reader.split(b'\n').enumerate() {
@@ -161,7 +175,11 @@ mod tests {
     fn entry(subject: &str, outcome: Outcome) -> Entry {
         Entry {
             at: 1,
-            caller: Caller::Unix { uid: 0, gid: 0, pid: Some(7) },
+            caller: Caller::Unix {
+                uid: 0,
+                gid: 0,
+                pid: Some(7),
+            },
             call: "CaptureLayer".into(),
             subject: subject.into(),
             outcome,
@@ -172,14 +190,27 @@ mod tests {
     fn lines_survive_reopening_and_are_private() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit.jsonl");
-        let failed = Outcome::Failed { kind: "unsafe".into(), error: "no\nnewline splits a line".into() };
-        Audit::open(&path).unwrap().record(&entry("a", Outcome::Done));
-        Audit::open(&path).unwrap().record(&entry("b", failed.clone()));
+        let failed = Outcome::Failed {
+            kind: "unsafe".into(),
+            error: "no\nnewline splits a line".into(),
+        };
+        Audit::open(&path)
+            .unwrap()
+            .record(&entry("a", Outcome::Done));
+        Audit::open(&path)
+            .unwrap()
+            .record(&entry("b", failed.clone()));
         assert_eq!(
             read(&path).unwrap(),
-            [Line::Entry(entry("a", Outcome::Done)), Line::Entry(entry("b", failed))]
+            [
+                Line::Entry(entry("a", Outcome::Done)),
+                Line::Entry(entry("b", failed))
+            ]
         );
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
     }
 
     #[test]
@@ -187,8 +218,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit.jsonl");
         std::fs::write(&path, b"{\"at\":\"2026").unwrap();
-        Audit::open(&path).unwrap().record(&entry("a", Outcome::Done));
-        assert_eq!(read(&path).unwrap(), [Line::Damaged { number: 1 }, Line::Entry(entry("a", Outcome::Done))]);
+        Audit::open(&path)
+            .unwrap()
+            .record(&entry("a", Outcome::Done));
+        assert_eq!(
+            read(&path).unwrap(),
+            [
+                Line::Damaged { number: 1 },
+                Line::Entry(entry("a", Outcome::Done))
+            ]
+        );
     }
 
     #[test]

@@ -63,7 +63,10 @@ pub const MAX_BATCH: usize = 1000;
 type Parsed<T> = Result<T, CloudEventError>;
 
 fn wrong(attribute: &str, detail: impl Into<String>) -> CloudEventError {
-    CloudEventError::Attribute { attribute: attribute.to_owned(), detail: detail.into() }
+    CloudEventError::Attribute {
+        attribute: attribute.to_owned(),
+        detail: detail.into(),
+    }
 }
 
 /// Reads an HTTP request's body. `headers` are all its headers, names in lower case.
@@ -73,14 +76,21 @@ pub fn from_http(
     body: &[u8],
     now: UnixNanos,
 ) -> Parsed<Vec<Event>> {
-    let media = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    let media = content_type
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
     match media.as_str() {
         "application/cloudevents+json" => one(&json(body)?, now).map(|event| vec![event]),
         "application/cloudevents-batch+json" => batch(&json(body)?, now),
         _ if headers.iter().any(|(name, _)| name == "ce-specversion") => {
             binary(&media, headers, body, now).map(|event| vec![event])
         }
-        _ => Err(CloudEventError::ContentType { content_type: content_type.to_owned() }),
+        _ => Err(CloudEventError::ContentType {
+            content_type: content_type.to_owned(),
+        }),
     }
 }
 
@@ -94,25 +104,43 @@ pub fn from_json(text: &[u8], now: UnixNanos) -> Parsed<Vec<Event>> {
 }
 
 fn json(body: &[u8]) -> Parsed<Value> {
-    serde_json::from_slice(body).map_err(|e| CloudEventError::Json { detail: e.to_string() })
+    serde_json::from_slice(body).map_err(|e| CloudEventError::Json {
+        detail: e.to_string(),
+    })
 }
 
 fn batch(value: &Value, now: UnixNanos) -> Parsed<Vec<Event>> {
-    let items = value.as_array().ok_or(CloudEventError::Shape { expected: "an array of events" })?;
+    let items = value.as_array().ok_or(CloudEventError::Shape {
+        expected: "an array of events",
+    })?;
     if items.len() > MAX_BATCH {
-        return Err(CloudEventError::Shape { expected: "a batch of at most 1000 events" });
+        return Err(CloudEventError::Shape {
+            expected: "a batch of at most 1000 events",
+        });
     }
     items
         .iter()
         .enumerate()
-        .map(|(index, item)| one(item, now).map_err(|e| CloudEventError::Batch { index, error: Box::new(e) }))
+        .map(|(index, item)| {
+            one(item, now).map_err(|e| CloudEventError::Batch {
+                index,
+                error: Box::new(e),
+            })
+        })
         .collect()
 }
 
 fn one(value: &Value, now: UnixNanos) -> Parsed<Event> {
-    let attributes = value.as_object().ok_or(CloudEventError::Shape { expected: "an object" })?;
+    let attributes = value.as_object().ok_or(CloudEventError::Shape {
+        expected: "an object",
+    })?;
     let data = match (attributes.get("data"), attributes.get("data_base64")) {
-        (Some(_), Some(_)) => return Err(wrong("data_base64", "data is given as well; send one of them")),
+        (Some(_), Some(_)) => {
+            return Err(wrong(
+                "data_base64",
+                "data is given as well; send one of them",
+            ));
+        }
         (None, Some(Value::String(text))) => {
             if !is_base64(text) {
                 return Err(wrong("data_base64", "it is not base64"));
@@ -134,9 +162,15 @@ fn one(value: &Value, now: UnixNanos) -> Parsed<Event> {
 fn binary(media: &str, headers: &[(String, String)], body: &[u8], now: UnixNanos) -> Parsed<Event> {
     let mut context = Map::new();
     for (name, value) in headers {
-        let Some(attribute) = name.strip_prefix("ce-") else { continue };
-        let value = percent_decoded(value).ok_or_else(|| wrong(attribute, "its percent-encoding is broken"))?;
-        if context.insert(attribute.to_owned(), Value::String(value)).is_some() {
+        let Some(attribute) = name.strip_prefix("ce-") else {
+            continue;
+        };
+        let value = percent_decoded(value)
+            .ok_or_else(|| wrong(attribute, "its percent-encoding is broken"))?;
+        if context
+            .insert(attribute.to_owned(), Value::String(value))
+            .is_some()
+        {
             return Err(wrong(attribute, "it is given twice"));
         }
     }
@@ -145,7 +179,9 @@ fn binary(media: &str, headers: &[(String, String)], body: &[u8], now: UnixNanos
     } else if media == "application/json" || media.ends_with("+json") {
         Some(json(body)?)
     } else {
-        let text = std::str::from_utf8(body).map_err(|_| CloudEventError::Shape { expected: "UTF-8 text or JSON" })?;
+        let text = std::str::from_utf8(body).map_err(|_| CloudEventError::Shape {
+            expected: "UTF-8 text or JSON",
+        })?;
         Some(Value::String(text.to_owned()))
     };
     event(&context, data, now)
@@ -154,9 +190,15 @@ fn binary(media: &str, headers: &[(String, String)], body: &[u8], now: UnixNanos
 /// Checks the context attributes and builds the event.
 fn event(context: &Map<String, Value>, data: Option<Value>, now: UnixNanos) -> Parsed<Event> {
     for (name, value) in context {
-        let named_well = !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let named_well = !name.is_empty()
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         if !named_well {
-            return Err(wrong(name, "attribute names are lower-case letters and digits"));
+            return Err(wrong(
+                name,
+                "attribute names are lower-case letters and digits",
+            ));
         }
         if value.is_object() || value.is_array() {
             return Err(wrong(name, "attributes are strings, numbers or booleans"));
@@ -172,9 +214,12 @@ fn event(context: &Map<String, Value>, data: Option<Value>, now: UnixNanos) -> P
     }
     optional(context, "datacontenttype")?;
     let time = |name: &'static str| -> Parsed<Option<UnixNanos>> {
-        optional(context, name)?.map(|t| rfc3339::parse(t).map_err(|e| wrong(name, e))).transpose()
+        optional(context, name)?
+            .map(|t| rfc3339::parse(t).map_err(|e| wrong(name, e)))
+            .transpose()
     };
-    let volumes = optional(context, "volumes")?.map(|list| list.split(',').map(|v| v.trim().to_owned()).collect());
+    let volumes = optional(context, "volumes")?
+        .map(|list| list.split(',').map(|v| v.trim().to_owned()).collect());
     let event = Event {
         id: required(context, "id")?.to_owned(),
         source: source.to_owned(),
@@ -205,7 +250,11 @@ fn required<'a>(context: &'a Map<String, Value>, name: &'static str) -> Parsed<&
 /// Whether the characters are those of a URI reference.
 fn uri_reference(name: &str, text: &str) -> Parsed<()> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-._~:/?#[]@!$&'()*+,;=%".contains(&b);
-    if text.bytes().all(allowed) { Ok(()) } else { Err(wrong(name, format!("{text:?} is not a URI reference"))) }
+    if text.bytes().all(allowed) {
+        Ok(())
+    } else {
+        Err(wrong(name, format!("{text:?} is not a URI reference")))
+    }
 }
 
 fn is_base64(text: &str) -> bool {
@@ -213,7 +262,9 @@ fn is_base64(text: &str) -> bool {
     let padding = text.len() - body.len();
     text.len().is_multiple_of(4)
         && padding <= 2
-        && body.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'+' || b == b'/')
+        && body
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'+' || b == b'/')
 }
 
 /// The HTTP binding percent-encodes what is not printable ASCII.
@@ -255,13 +306,19 @@ mod tests {
     }
 
     fn headers(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
-        pairs.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect()
+        pairs
+            .iter()
+            .map(|(n, v)| (n.to_string(), v.to_string()))
+            .collect()
     }
 
     #[test]
     fn a_minimal_event_happens_now() {
         let event = read(&minimal()).unwrap();
-        assert_eq!((event.id.as_str(), event.time, event.data), ("1", NOW, None));
+        assert_eq!(
+            (event.id.as_str(), event.time, event.data),
+            ("1", NOW, None)
+        );
         assert!(event.volumes.is_empty());
     }
 
@@ -275,7 +332,10 @@ mod tests {
         }))
         .unwrap();
         assert_eq!(rfc3339::format(event.time), "2026-03-01T11:00:00Z");
-        assert_eq!(event.expected_at.map(rfc3339::format).as_deref(), Some("2026-03-01T11:30:00Z"));
+        assert_eq!(
+            event.expected_at.map(rfc3339::format).as_deref(),
+            Some("2026-03-01T11:30:00Z")
+        );
         assert_eq!(event.volumes, ["/dev/sda", "/dev/sdb"]);
         assert_eq!(event.data, Some(json!({"replicas": 3})));
     }
@@ -285,9 +345,18 @@ mod tests {
         for name in ["specversion", "id", "source", "type"] {
             let mut event = minimal();
             event.as_object_mut().unwrap().remove(name);
-            assert_eq!(read(&event), Err(CloudEventError::Missing { attribute: name }));
-            assert!(read(&with(name, json!(""))).is_err(), "{name} may not be empty");
-            assert!(read(&with(name, json!(3))).is_err(), "{name} must be a string");
+            assert_eq!(
+                read(&event),
+                Err(CloudEventError::Missing { attribute: name })
+            );
+            assert!(
+                read(&with(name, json!(""))).is_err(),
+                "{name} may not be empty"
+            );
+            assert!(
+                read(&with(name, json!(3))).is_err(),
+                "{name} must be a string"
+            );
         }
     }
 
@@ -323,11 +392,31 @@ mod tests {
     #[test]
     fn modes_are_told_by_content_type() {
         let body = minimal().to_string();
-        let structured = from_http("application/cloudevents+json; charset=utf-8", &[], body.as_bytes(), NOW);
+        let structured = from_http(
+            "application/cloudevents+json; charset=utf-8",
+            &[],
+            body.as_bytes(),
+            NOW,
+        );
         assert_eq!(structured.unwrap().len(), 1);
         let batch = format!("[{body},{body}]");
-        assert_eq!(from_http("application/cloudevents-batch+json", &[], batch.as_bytes(), NOW).unwrap().len(), 2);
-        assert_eq!(from_http("application/cloudevents-batch+json", &[], b"[]", NOW).unwrap().len(), 0);
+        assert_eq!(
+            from_http(
+                "application/cloudevents-batch+json",
+                &[],
+                batch.as_bytes(),
+                NOW
+            )
+            .unwrap()
+            .len(),
+            2
+        );
+        assert_eq!(
+            from_http("application/cloudevents-batch+json", &[], b"[]", NOW)
+                .unwrap()
+                .len(),
+            0
+        );
         for (content_type, body) in [
             ("application/json", body.as_str()),
             ("", body.as_str()),
@@ -335,14 +424,21 @@ mod tests {
             ("application/cloudevents-batch+json", body.as_str()),
             ("application/cloudevents+json", "{"),
         ] {
-            assert!(from_http(content_type, &[], body.as_bytes(), NOW).is_err(), "{content_type} {body}");
+            assert!(
+                from_http(content_type, &[], body.as_bytes(), NOW).is_err(),
+                "{content_type} {body}"
+            );
         }
     }
 
     #[test]
     fn one_bad_event_spoils_its_batch_by_name() {
-        let error = from_json(json!([minimal(), {"id": "x"}]).to_string().as_bytes(), NOW).unwrap_err();
-        assert_eq!(error.to_string(), "event 1 of the batch: the event lacks the attribute specversion");
+        let error =
+            from_json(json!([minimal(), {"id": "x"}]).to_string().as_bytes(), NOW).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "event 1 of the batch: the event lacks the attribute specversion"
+        );
     }
 
     #[test]

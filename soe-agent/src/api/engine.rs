@@ -6,9 +6,9 @@ use std::fmt;
 use std::time::Duration;
 
 use super::types::{
-    Event, EventQuery, ForecastReport, GroupSpec, GroupStatus, GroupUpdate, HostUpdate, LayerDetail,
-    LayerInfo, LayerKind, ModelReport, RestoreProgress, RestoreRequest, StageReport, TraceReport,
-    VerifyEvent, VolumeInfo, WatchItem,
+    Event, EventQuery, ForecastReport, GroupSpec, GroupStatus, GroupUpdate, HostUpdate,
+    LayerDetail, LayerInfo, LayerKind, ModelReport, RestoreProgress, RestoreRequest, StageReport,
+    TraceReport, VerifyEvent, VolumeInfo, WatchItem,
 };
 use crate::seam::ByteRange;
 
@@ -113,7 +113,10 @@ pub struct EngineError {
 impl EngineError {
     /// An error of `kind`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self {
+            kind,
+            message: message.into(),
+        }
     }
 
     /// An [`ErrorKind::InvalidArgument`].
@@ -132,7 +135,8 @@ pub type Reply<'a, T> = BoxFuture<'a, Result<T, EngineError>>;
 
 /// What a streaming call returns: an error before anything began, or the stream. Dropping the
 /// stream cancels the work behind it.
-pub type StreamReply<'a, T> = BoxFuture<'a, Result<BoxStream<'static, Result<T, EngineError>>, EngineError>>;
+pub type StreamReply<'a, T> =
+    BoxFuture<'a, Result<BoxStream<'static, Result<T, EngineError>>, EngineError>>;
 
 /// The daemon, as the surface knows it. Arguments have passed [`super::validate`].
 pub trait Engine: Send + Sync + 'static {

@@ -63,13 +63,19 @@ const fn status_code(kind: ErrorKind) -> StatusCode {
         ErrorKind::Exhausted => StatusCode::INSUFFICIENT_STORAGE,
         ErrorKind::Unsupported => StatusCode::NOT_IMPLEMENTED,
         ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
-        ErrorKind::Integrity | ErrorKind::Cancelled | ErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        ErrorKind::Integrity | ErrorKind::Cancelled | ErrorKind::Internal => {
+            StatusCode::INTERNAL_SERVER_ERROR
+        }
     }
 }
 
 impl IntoResponse for HttpError {
     fn into_response(self) -> Response {
-        failure(status_code(self.0.kind), self.0.kind.as_str(), &self.0.message)
+        failure(
+            status_code(self.0.kind),
+            self.0.kind.as_str(),
+            &self.0.message,
+        )
     }
 }
 
@@ -87,7 +93,13 @@ pub fn router(state: HttpState) -> Router {
         .route("/api/v1/groups", get(groups))
         .route("/api/v1/groups/{name}", get(group))
         .route("/api/v1/volumes", get(volumes))
-        .fallback(async || failure(StatusCode::NOT_FOUND, "not-found", "there is nothing under this path"))
+        .fallback(async || {
+            failure(
+                StatusCode::NOT_FOUND,
+                "not-found",
+                "there is nothing under this path",
+            )
+        })
         .layer(middleware::from_fn_with_state(state.clone(), guard))
         .with_state(state)
 }
@@ -99,7 +111,10 @@ async fn guard(State(state): State<HttpState>, request: Request, next: Next) -> 
     }
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
@@ -107,12 +122,19 @@ async fn guard(State(state): State<HttpState>, request: Request, next: Next) -> 
 /// Whether `Host` names this listener and no foreign web page sent the request. Pure.
 fn meant_for_us(headers: &HeaderMap, address: SocketAddr) -> Result<(), &'static str> {
     let mut hosts = headers.get_all(header::HOST).iter();
-    let host = hosts.next().and_then(|h| h.to_str().ok()).ok_or("the request names no host")?;
+    let host = hosts
+        .next()
+        .and_then(|h| h.to_str().ok())
+        .ok_or("the request names no host")?;
     if hosts.next().is_some() || !is_local(host, address.port()) {
         return Err("the request is for another host; use localhost or a loopback address");
     }
     if let Some(origin) = headers.get(header::ORIGIN) {
-        let local = origin.to_str().ok().and_then(|o| o.strip_prefix("http://")).is_some_and(|o| is_local(o, address.port()));
+        let local = origin
+            .to_str()
+            .ok()
+            .and_then(|o| o.strip_prefix("http://"))
+            .is_some_and(|o| is_local(o, address.port()));
         if !local {
             return Err("the request comes from a web page of another origin");
         }
@@ -130,11 +152,17 @@ fn is_local(authority: &str, port: u16) -> bool {
         Some((host, digits)) if !digits.ends_with(']') => (host, Some(digits)),
         _ => (authority, None),
     };
-    let port_fits = given.is_none_or(|digits| digits.parse() == Ok(port) && digits.bytes().all(|b| b.is_ascii_digit()));
+    let port_fits = given.is_none_or(|digits| {
+        digits.parse() == Ok(port) && digits.bytes().all(|b| b.is_ascii_digit())
+    });
     let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
     let loopback = match bare {
-        Some(v6) => v6.parse::<std::net::Ipv6Addr>().is_ok_and(|a| a.is_loopback()),
-        None => host.parse::<std::net::Ipv4Addr>().is_ok_and(|a| a.is_loopback()),
+        Some(v6) => v6
+            .parse::<std::net::Ipv6Addr>()
+            .is_ok_and(|a| a.is_loopback()),
+        None => host
+            .parse::<std::net::Ipv4Addr>()
+            .is_ok_and(|a| a.is_loopback()),
     };
     port_fits && (loopback || host.eq_ignore_ascii_case("localhost"))
 }
@@ -142,7 +170,11 @@ fn is_local(authority: &str, port: u16) -> bool {
 async fn metrics(State(state): State<HttpState>) -> Response {
     match state.metrics.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, Metrics::CONTENT_TYPE)], text).into_response(),
-        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, "internal", &format!("metrics cannot be written: {error}")),
+        Err(error) => failure(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            &format!("metrics cannot be written: {error}"),
+        ),
     }
 }
 
@@ -157,7 +189,10 @@ async fn groups(State(state): State<HttpState>) -> Result<Response, HttpError> {
     Ok(Json(json!({"groups": state.engine.list_groups().await?})).into_response())
 }
 
-async fn group(State(state): State<HttpState>, Path(name): Path<String>) -> Result<Response, HttpError> {
+async fn group(
+    State(state): State<HttpState>,
+    Path(name): Path<String>,
+) -> Result<Response, HttpError> {
     validate::group_name(&name)?;
     Ok(Json(state.engine.group_status(name).await?).into_response())
 }
@@ -172,12 +207,18 @@ async fn read_body(body: Body, limit: usize) -> Result<axum::body::Bytes, Respon
         failure(
             StatusCode::PAYLOAD_TOO_LARGE,
             "invalid-argument",
-            &format!("the body did not arrive whole or is larger than {limit} bytes ([api] max_event)"),
+            &format!(
+                "the body did not arrive whole or is larger than {limit} bytes ([api] max_event)"
+            ),
         )
     };
     match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, limit)).await {
         Ok(read) => read.map_err(too_large),
-        Err(_) => Err(failure(StatusCode::REQUEST_TIMEOUT, "invalid-argument", "the body did not arrive within 10 s")),
+        Err(_) => Err(failure(
+            StatusCode::REQUEST_TIMEOUT,
+            "invalid-argument",
+            "the body did not arrive within 10 s",
+        )),
     }
 }
 
@@ -199,27 +240,40 @@ async fn events(
         Err(response) => return response,
     };
     let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
-    let content_type = headers.get(header::CONTENT_TYPE).map(text).unwrap_or_default();
-    let all: Vec<(String, String)> = headers.iter().map(|(n, v)| (n.as_str().to_owned(), text(v))).collect();
+    let content_type = headers
+        .get(header::CONTENT_TYPE)
+        .map(text)
+        .unwrap_or_default();
+    let all: Vec<(String, String)> = headers
+        .iter()
+        .map(|(n, v)| (n.as_str().to_owned(), text(v)))
+        .collect();
     let parsed = match cloudevents::from_http(&content_type, &all, &body, state.clock.now()) {
         Ok(parsed) => parsed,
         Err(error) => {
             state.metrics.events.with(["refused"]).inc();
             let status = match error {
-                cloudevents::CloudEventError::ContentType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                cloudevents::CloudEventError::ContentType { .. } => {
+                    StatusCode::UNSUPPORTED_MEDIA_TYPE
+                }
                 _ => StatusCode::BAD_REQUEST,
             };
             return failure(status, "invalid-argument", &error.to_string());
         }
     };
-    let caller = Caller::Http { peer: peer.to_string() };
+    let caller = Caller::Http {
+        peer: peer.to_string(),
+    };
     let (mut stored, mut known) = (0u64, 0u64);
     for event in parsed {
         let subject = format!("{} {}", event.source, event.id);
         let result = state.engine.publish_event(event).await;
         let outcome = match &result {
             Ok(_) => Outcome::Done,
-            Err(e) => Outcome::Failed { kind: e.kind.to_string(), error: e.message.clone() },
+            Err(e) => Outcome::Failed {
+                kind: e.kind.to_string(),
+                error: e.message.clone(),
+            },
         };
         state.audit.record(&Entry {
             at: state.clock.now(),
@@ -233,14 +287,21 @@ async fn events(
             Ok(false) => known += 1,
             Err(error) => {
                 state.metrics.events.with(["failed"]).inc();
-                let message = format!("{}; {stored} events were kept before it, and sending all again is safe", error.message);
+                let message = format!(
+                    "{}; {stored} events were kept before it, and sending all again is safe",
+                    error.message
+                );
                 return failure(status_code(error.kind), error.kind.as_str(), &message);
             }
         }
     }
     state.metrics.events.with(["stored"]).inc_by(stored);
     state.metrics.events.with(["known"]).inc_by(known);
-    (StatusCode::ACCEPTED, Json(json!({"stored": stored, "already_known": known}))).into_response()
+    (
+        StatusCode::ACCEPTED,
+        Json(json!({"stored": stored, "already_known": known})),
+    )
+        .into_response()
 }
 
 #[cfg(test)]
@@ -257,7 +318,15 @@ mod tests {
 
     #[test]
     fn loopback_names_pass() {
-        for host in ["localhost", "localhost:9620", "LOCALHOST", "127.0.0.1:9620", "127.0.0.2", "[::1]", "[::1]:9620"] {
+        for host in [
+            "localhost",
+            "localhost:9620",
+            "LOCALHOST",
+            "127.0.0.1:9620",
+            "127.0.0.2",
+            "[::1]",
+            "[::1]:9620",
+        ] {
             assert!(check(&[("host", host)]), "{host}");
         }
     }
@@ -288,7 +357,13 @@ mod tests {
         let host = ("host", "localhost:9620");
         assert!(check(&[host, ("origin", "http://localhost:9620")]));
         assert!(check(&[host, ("sec-fetch-site", "same-origin")]));
-        for origin in ["null", "http://evil.example", "https://localhost:9620", "http://localhost:1", ""] {
+        for origin in [
+            "null",
+            "http://evil.example",
+            "https://localhost:9620",
+            "http://localhost:1",
+            "",
+        ] {
             assert!(!check(&[host, ("origin", origin)]), "{origin}");
         }
         assert!(!check(&[host, ("sec-fetch-site", "cross-site")]));

@@ -75,9 +75,14 @@ impl Listeners {
     pub fn open(config: &Config) -> Result<Self, ApiError> {
         let (grpc, socket) = socket::bind(&config.api.listen.0)?;
         let audit = Arc::new(Audit::open(&config.audit_file())?);
-        let http = config.api.http.map(|address| bind_http(address).map_err(|source| ApiError::Http { address, source }));
+        let http = config
+            .api
+            .http
+            .map(|address| bind_http(address).map_err(|source| ApiError::Http { address, source }));
         let http = http.transpose()?;
-        let http_address = http.as_ref().and_then(|listener| listener.local_addr().ok());
+        let http_address = http
+            .as_ref()
+            .and_then(|listener| listener.local_addr().ok());
         Ok(Self {
             grpc,
             socket,
@@ -118,22 +123,48 @@ impl Listeners {
         clock: Arc<dyn Clock>,
         stop: watch::Receiver<bool>,
     ) -> Result<(), ApiError> {
-        let Self { grpc, socket, http, http_address, audit, max_event_bytes, accept_events } = self;
+        let Self {
+            grpc,
+            socket,
+            http,
+            http_address,
+            audit,
+            max_event_bytes,
+            accept_events,
+        } = self;
         let ended = |server: &'static str, detail: String| ApiError::Ended { server, detail };
         let grpc = UnixListener::from_std(grpc).map_err(|e| ended("gRPC", e.to_string()))?;
-        let service = Service::new(engine.clone(), audit.clone(), metrics.clone(), clock.clone(), stop.clone());
+        let service = Service::new(
+            engine.clone(),
+            audit.clone(),
+            metrics.clone(),
+            clock.clone(),
+            stop.clone(),
+        );
         let grpc = serve_grpc(grpc, service, engine.clone(), stop.clone());
         let http = async {
             let (Some(listener), Some(address)) = (http, http_address) else {
                 stopped(stop.clone()).await;
                 return Ok(());
             };
-            let state = HttpState { engine, audit, metrics, clock, max_event_bytes, accept_events, address };
-            let listener = TcpListener::from_std(listener).map_err(|e| ended("HTTP", e.to_string()))?;
-            axum::serve(listener, router(state).into_make_service_with_connect_info::<SocketAddr>())
-                .with_graceful_shutdown(stopped(stop.clone()))
-                .await
-                .map_err(|e| ended("HTTP", e.to_string()))
+            let state = HttpState {
+                engine,
+                audit,
+                metrics,
+                clock,
+                max_event_bytes,
+                accept_events,
+                address,
+            };
+            let listener =
+                TcpListener::from_std(listener).map_err(|e| ended("HTTP", e.to_string()))?;
+            axum::serve(
+                listener,
+                router(state).into_make_service_with_connect_info::<SocketAddr>(),
+            )
+            .with_graceful_shutdown(stopped(stop.clone()))
+            .await
+            .map_err(|e| ended("HTTP", e.to_string()))
         };
         let late = async {
             stopped(stop.clone()).await;
@@ -165,14 +196,19 @@ async fn serve_grpc(
     engine: Arc<dyn Engine>,
     stop: watch::Receiver<bool>,
 ) -> Result<(), ApiError> {
-    let ended = |detail: String| ApiError::Ended { server: "gRPC", detail };
+    let ended = |detail: String| ApiError::Ended {
+        server: "gRPC",
+        detail,
+    };
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let v1 = reflection().build_v1().map_err(|e| ended(e.to_string()))?;
-    let v1alpha = reflection().build_v1alpha().map_err(|e| ended(e.to_string()))?;
+    let v1alpha = reflection()
+        .build_v1alpha()
+        .map_err(|e| ended(e.to_string()))?;
     let (reporter, health) = tonic_health::server::health_reporter();
     let server = Server::builder()
         .layer(InterceptorLayer::new(check_peer))
@@ -189,7 +225,10 @@ async fn serve_grpc(
 }
 
 /// Keeps the health service in step with the daemon, for ever.
-fn follow_health(reporter: tonic_health::server::HealthReporter, engine: Arc<dyn Engine>) -> impl Future<Output = ()> {
+fn follow_health(
+    reporter: tonic_health::server::HealthReporter,
+    engine: Arc<dyn Engine>,
+) -> impl Future<Output = ()> {
     async move {
         loop {
             let status = match engine.not_ready() {
@@ -197,7 +236,9 @@ fn follow_health(reporter: tonic_health::server::HealthReporter, engine: Arc<dyn
                 Some(_) => tonic_health::ServingStatus::NotServing,
             };
             reporter.set_service_status("", status).await;
-            reporter.set_service_status("soe.v1.SnapshotOrchestration", status).await;
+            reporter
+                .set_service_status("soe.v1.SnapshotOrchestration", status)
+                .await;
             tokio::time::sleep(HEALTH_INTERVAL).await;
         }
     }
@@ -207,7 +248,9 @@ fn follow_health(reporter: tonic_health::server::HealthReporter, engine: Arc<dyn
 pub fn service_notify(state: ServiceState<'_>) {
     use sd_notify::NotifyState;
     let sent = match state {
-        ServiceState::Ready(status) => sd_notify::notify(false, &[NotifyState::Ready, NotifyState::Status(status)]),
+        ServiceState::Ready(status) => {
+            sd_notify::notify(false, &[NotifyState::Ready, NotifyState::Status(status)])
+        }
         ServiceState::Reloading => {
             let mut states = vec![NotifyState::Reloading];
             states.extend(NotifyState::monotonic_usec_now());

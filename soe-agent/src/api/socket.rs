@@ -94,21 +94,34 @@ pub fn bind(path: &Path) -> Result<(UnixListener, OwnedSocket), SocketError> {
     let _lock = lock_folder(&folder, path)?;
     make_way(path)?;
     let address = SocketAddrUnix::new(path).map_err(|e| kernel("address")(e.into()))?;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-        .map_err(|e| kernel("socket")(e.into()))?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(|e| kernel("socket")(e.into()))?;
     // The mode of a socket file is the mode of its descriptor at bind, so the file is never wider.
-    rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(0o600)).map_err(|e| kernel("fchmod")(e.into()))?;
+    rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(0o600))
+        .map_err(|e| kernel("fchmod")(e.into()))?;
     rustix::net::bind(&socket, &address).map_err(|e| match e {
-        rustix::io::Errno::ADDRINUSE => SocketError::InUse { path: path.to_owned() },
+        rustix::io::Errno::ADDRINUSE => SocketError::InUse {
+            path: path.to_owned(),
+        },
         other => kernel("bind")(other.into()),
     })?;
     // Nobody can connect before listen, so this also covers kernels that ignore the fchmod above.
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(kernel("chmod"))?;
     let meta = fs::symlink_metadata(path).map_err(kernel("stat"))?;
-    let owned = OwnedSocket { path: path.to_owned(), identity: identity(&meta) };
+    let owned = OwnedSocket {
+        path: path.to_owned(),
+        identity: identity(&meta),
+    };
     rustix::net::listen(&socket, 128).map_err(|e| kernel("listen")(e.into()))?;
     let listener = UnixListener::from(socket);
-    listener.set_nonblocking(true).map_err(kernel("set_nonblocking"))?;
+    listener
+        .set_nonblocking(true)
+        .map_err(kernel("set_nonblocking"))?;
     Ok((listener, owned))
 }
 
@@ -118,14 +131,22 @@ fn prepare_folder(path: &Path) -> Result<PathBuf, SocketError> {
         let path = folder.to_owned();
         move |source| SocketError::Kernel { path, call, source }
     };
-    DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(fail("mkdir"))?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .map_err(fail("mkdir"))?;
     let meta = fs::metadata(folder).map_err(fail("stat"))?;
     let own = rustix::process::geteuid().as_raw();
     let mode = meta.mode() & 0o7777;
     // In a sticky folder such as /tmp others can't remove or replace what is ours.
     let writable_by_others = mode & 0o022 != 0 && mode & 0o1000 == 0;
     if writable_by_others || (meta.uid() != own && meta.uid() != 0) {
-        return Err(SocketError::OpenFolder { path: folder.to_owned(), uid: meta.uid(), mode });
+        return Err(SocketError::OpenFolder {
+            path: folder.to_owned(),
+            uid: meta.uid(),
+            mode,
+        });
     }
     Ok(folder.to_owned())
 }
@@ -146,26 +167,42 @@ fn lock_folder(folder: &Path, path: &Path) -> Result<File, SocketError> {
             Err(e) => return Err(fail("flock")(e.into())),
         }
     }
-    Err(SocketError::InUse { path: path.to_owned() })
+    Err(SocketError::InUse {
+        path: path.to_owned(),
+    })
 }
 
 /// Removes a socket file that nobody serves.
 fn make_way(path: &Path) -> Result<(), SocketError> {
-    let kernel = |call: &'static str| move |source| SocketError::Kernel { path: path.to_owned(), call, source };
+    let kernel = |call: &'static str| {
+        move |source| SocketError::Kernel {
+            path: path.to_owned(),
+            call,
+            source,
+        }
+    };
     let meta = match fs::symlink_metadata(path) {
         Ok(meta) => meta,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(kernel("stat")(e)),
     };
     if !meta.file_type().is_socket() {
-        return Err(SocketError::NotASocket { path: path.to_owned() });
+        return Err(SocketError::NotASocket {
+            path: path.to_owned(),
+        });
     }
     match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(kernel("unlink")),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(kernel("unlink"))
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         // Answering, or busy (EAGAIN), or not ours to judge (EACCES).
-        Ok(_) => Err(SocketError::InUse { path: path.to_owned() }),
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(SocketError::InUse { path: path.to_owned() }),
+        Ok(_) => Err(SocketError::InUse {
+            path: path.to_owned(),
+        }),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(SocketError::InUse {
+            path: path.to_owned(),
+        }),
         Err(e) => Err(kernel("connect")(e)),
     }
 }
@@ -228,7 +265,10 @@ mod tests {
         fs::create_dir(&open).unwrap();
         fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
         let path = open.join("soe.sock");
-        assert!(matches!(bind(&path), Err(SocketError::OpenFolder { mode: 0o777, .. })));
+        assert!(matches!(
+            bind(&path),
+            Err(SocketError::OpenFolder { mode: 0o777, .. })
+        ));
         fs::set_permissions(&open, fs::Permissions::from_mode(0o1777)).unwrap();
         assert!(bind(&path).is_ok());
     }

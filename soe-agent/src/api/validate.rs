@@ -20,9 +20,11 @@ pub const MAX_PAUSE_US: RangeInclusive<u64> = 1_000..=10_000_000;
 /// Foreground latency targets, microseconds.
 pub const P99_TARGET_US: RangeInclusive<u64> = 10..=10_000_000;
 /// Forecast horizons.
-pub const HORIZON: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(7 * 86_400);
+pub const HORIZON: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(7 * 86_400);
 /// Lengths of a recording.
-pub const RECORDING: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(86_400);
+pub const RECORDING: RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_secs(86_400);
 
 type Checked = Result<(), EngineError>;
 
@@ -45,10 +47,14 @@ pub fn name(what: &str, text: &str) -> Checked {
         return Err(EngineError::invalid(format!("{what} is empty; name one")));
     }
     if text.len() > MAX_NAME_BYTES {
-        return Err(EngineError::invalid(format!("{what} is longer than {MAX_NAME_BYTES} bytes")));
+        return Err(EngineError::invalid(format!(
+            "{what} is longer than {MAX_NAME_BYTES} bytes"
+        )));
     }
     if text.chars().any(char::is_control) {
-        return Err(EngineError::invalid(format!("{what} {text:?} contains control characters")));
+        return Err(EngineError::invalid(format!(
+            "{what} {text:?} contains control characters"
+        )));
     }
     Ok(())
 }
@@ -81,7 +87,9 @@ fn volumes(names: &[String]) -> Checked {
     for volume in names {
         name("volume", volume)?;
         if !seen.insert(volume) {
-            return Err(EngineError::invalid(format!("volume {volume} is named twice")));
+            return Err(EngineError::invalid(format!(
+                "volume {volume} is named twice"
+            )));
         }
     }
     if names.len() > MAX_VOLUMES {
@@ -93,7 +101,12 @@ fn volumes(names: &[String]) -> Checked {
     Ok(())
 }
 
-fn terms(rpo_s: Option<u64>, max_pause_us: Option<u64>, p99_us: Option<u64>, app: Option<&str>) -> Checked {
+fn terms(
+    rpo_s: Option<u64>,
+    max_pause_us: Option<u64>,
+    p99_us: Option<u64>,
+    app: Option<&str>,
+) -> Checked {
     in_range("rpo", "s", rpo_s, &RPO_S)?;
     in_range("pause budget", "us", max_pause_us, &MAX_PAUSE_US)?;
     in_range("p99 target", "us", p99_us, &P99_TARGET_US)?;
@@ -104,10 +117,18 @@ fn terms(rpo_s: Option<u64>, max_pause_us: Option<u64>, p99_us: Option<u64>, app
 pub fn group_spec(spec: &GroupSpec) -> Checked {
     group_name(&spec.name)?;
     if spec.volumes.is_empty() {
-        return Err(EngineError::invalid(format!("group {} has no volumes; name at least one", spec.name)));
+        return Err(EngineError::invalid(format!(
+            "group {} has no volumes; name at least one",
+            spec.name
+        )));
     }
     volumes(&spec.volumes)?;
-    terms(spec.rpo_s, spec.max_pause_us, spec.p99_target_us, spec.app.as_deref())
+    terms(
+        spec.rpo_s,
+        spec.max_pause_us,
+        spec.p99_target_us,
+        spec.app.as_deref(),
+    )
 }
 
 /// Changes to a group.
@@ -115,10 +136,21 @@ pub fn group_update(update: &GroupUpdate) -> Checked {
     group_name(&update.name)?;
     volumes(&update.add_volumes)?;
     volumes(&update.remove_volumes)?;
-    if let Some(both) = update.add_volumes.iter().find(|v| update.remove_volumes.contains(v)) {
-        return Err(EngineError::invalid(format!("volume {both} is both to be added and to be removed")));
+    if let Some(both) = update
+        .add_volumes
+        .iter()
+        .find(|v| update.remove_volumes.contains(v))
+    {
+        return Err(EngineError::invalid(format!(
+            "volume {both} is both to be added and to be removed"
+        )));
     }
-    terms(update.rpo_s, update.max_pause_us, update.p99_target_us, update.app.as_deref())
+    terms(
+        update.rpo_s,
+        update.max_pause_us,
+        update.p99_target_us,
+        update.app.as_deref(),
+    )
 }
 
 /// Host metadata to set.
@@ -127,7 +159,12 @@ pub fn host_update(update: &HostUpdate) -> Checked {
     if !update.host.is_empty() {
         name("host", &update.host)?;
     }
-    terms(update.rpo_s, None, update.p99_target_us, update.app.as_deref())
+    terms(
+        update.rpo_s,
+        None,
+        update.p99_target_us,
+        update.app.as_deref(),
+    )
 }
 
 /// A restore to run.
@@ -159,7 +196,10 @@ pub fn event(event: &Event) -> Checked {
     name("event id", &event.id)?;
     name("event source", &event.source)?;
     name("event type", &event.kind)?;
-    event.subject.as_deref().map_or(Ok(()), |s| name("event subject", s))?;
+    event
+        .subject
+        .as_deref()
+        .map_or(Ok(()), |s| name("event subject", s))?;
     volumes(&event.volumes)
 }
 
@@ -187,8 +227,23 @@ mod tests {
         for good in ["db", "0", "a.b_c-d", &"x".repeat(63)] {
             assert_eq!(group_name(good), Ok(()), "{good}");
         }
-        for bad in ["", ".", "..", "-x", "a/b", "a b", "ä", "a\0", "a\n", &"x".repeat(64)] {
-            assert_eq!(group_name(bad).unwrap_err().kind, ErrorKind::InvalidArgument, "{bad}");
+        for bad in [
+            "",
+            ".",
+            "..",
+            "-x",
+            "a/b",
+            "a b",
+            "ä",
+            "a\0",
+            "a\n",
+            &"x".repeat(64),
+        ] {
+            assert_eq!(
+                group_name(bad).unwrap_err().kind,
+                ErrorKind::InvalidArgument,
+                "{bad}"
+            );
         }
     }
 
@@ -196,12 +251,30 @@ mod tests {
     fn a_good_group_passes_and_each_fault_is_named() {
         assert_eq!(group_spec(&spec()), Ok(()));
         let faults: [(fn(&mut GroupSpec), &str); 6] = [
-            (|s| s.volumes.clear(), "group db has no volumes; name at least one"),
-            (|s| s.volumes.push("/dev/loop0".into()), "volume /dev/loop0 is named twice"),
-            (|s| s.volumes.push(String::new()), "volume is empty; name one"),
-            (|s| s.rpo_s = Some(0), "rpo of 0 s is out of range; use 1 to 2592000 s"),
-            (|s| s.max_pause_us = Some(1), "pause budget of 1 us is out of range; use 1000 to 10000000 us"),
-            (|s| s.app = Some("a\tb".into()), "application type \"a\\tb\" contains control characters"),
+            (
+                |s| s.volumes.clear(),
+                "group db has no volumes; name at least one",
+            ),
+            (
+                |s| s.volumes.push("/dev/loop0".into()),
+                "volume /dev/loop0 is named twice",
+            ),
+            (
+                |s| s.volumes.push(String::new()),
+                "volume is empty; name one",
+            ),
+            (
+                |s| s.rpo_s = Some(0),
+                "rpo of 0 s is out of range; use 1 to 2592000 s",
+            ),
+            (
+                |s| s.max_pause_us = Some(1),
+                "pause budget of 1 us is out of range; use 1000 to 10000000 us",
+            ),
+            (
+                |s| s.app = Some("a\tb".into()),
+                "application type \"a\\tb\" contains control characters",
+            ),
         ];
         for (spoil, message) in faults {
             let mut spec = spec();
@@ -221,7 +294,12 @@ mod tests {
         };
         assert_eq!(restore(&request), Ok(()));
         request.target = "image".into();
-        assert!(restore(&request).unwrap_err().message.contains("not absolute"));
+        assert!(
+            restore(&request)
+                .unwrap_err()
+                .message
+                .contains("not absolute")
+        );
     }
 
     #[test]

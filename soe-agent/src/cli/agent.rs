@@ -27,7 +27,11 @@ pub(super) fn run(args: Args) -> Result<(), CliError> {
     }
     logging::init(&config.agent.log).map_err(CliError::Failed)?;
     service::run(config).map_err(|e| {
-        let kind = if e.is_refusal() { ErrorKind::Unsafe } else { ErrorKind::Internal };
+        let kind = if e.is_refusal() {
+            ErrorKind::Unsafe
+        } else {
+            ErrorKind::Internal
+        };
         CliError::Engine(EngineError::new(kind, e.to_string()))
     })
 }

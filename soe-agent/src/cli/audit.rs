@@ -34,7 +34,9 @@ pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
     let mut damaged = Vec::new();
     for line in read(&path)? {
         match line {
-            Line::Entry(entry) if args.since.is_none_or(|since| entry.at >= since) => entries.push(entry),
+            Line::Entry(entry) if args.since.is_none_or(|since| entry.at >= since) => {
+                entries.push(entry)
+            }
             Line::Entry(_) => {}
             Line::Damaged { number } => damaged.push(number),
         }
@@ -43,7 +45,10 @@ pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
         return out.json(&json!({"entries": entries, "damaged_lines": damaged}));
     }
     out.show(&entries, |entries| {
-        let mut table = Table::new(&["TIME", "WHO", "CALL", "SUBJECT", "OUTCOME"], "nothing was changed yet");
+        let mut table = Table::new(
+            &["TIME", "WHO", "CALL", "SUBJECT", "OUTCOME"],
+            "nothing was changed yet",
+        );
         for entry in entries {
             table.row(cells(entry));
         }
@@ -56,7 +61,11 @@ pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
 
 fn cells(entry: &Entry) -> [String; 5] {
     let who = match &entry.caller {
-        Caller::Unix { uid, pid: Some(pid), .. } => format!("uid {uid} pid {pid}"),
+        Caller::Unix {
+            uid,
+            pid: Some(pid),
+            ..
+        } => format!("uid {uid} pid {pid}"),
         Caller::Unix { uid, pid: None, .. } => format!("uid {uid}"),
         Caller::Http { peer } => format!("http {peer}"),
     };
@@ -66,5 +75,11 @@ fn cells(entry: &Entry) -> [String; 5] {
         Outcome::Failed { error, .. } => format!("failed: {error}"),
         Outcome::Abandoned => "the caller went away".into(),
     };
-    [when(entry.at), who, entry.call.clone(), entry.subject.clone(), outcome]
+    [
+        when(entry.at),
+        who,
+        entry.call.clone(),
+        entry.subject.clone(),
+        outcome,
+    ]
 }

@@ -35,7 +35,9 @@ pub(super) struct Client {
 impl Client {
     /// A client of the daemon at `endpoint`.
     pub(super) fn new(endpoint: &str) -> Result<Self, CliError> {
-        let path = endpoint.strip_prefix("unix://").or_else(|| endpoint.strip_prefix("unix:"));
+        let path = endpoint
+            .strip_prefix("unix://")
+            .or_else(|| endpoint.strip_prefix("unix:"));
         let path = path.filter(|p| p.starts_with('/')).ok_or_else(|| {
             CliError::Usage(format!(
                 "endpoint {endpoint:?} is not unix: and an absolute path, such as {DEFAULT_ENDPOINT}; mend --endpoint or SOE_ENDPOINT"
@@ -45,7 +47,11 @@ impl Client {
             .enable_all()
             .build()
             .map_err(CliError::io("the client's runtime"))?;
-        Ok(Self { endpoint: endpoint.to_owned(), path: path.into(), runtime })
+        Ok(Self {
+            endpoint: endpoint.to_owned(),
+            path: path.into(),
+            runtime,
+        })
     }
 
     /// Runs a call, or several, on one connection.
@@ -54,7 +60,8 @@ impl Client {
         W: FnOnce(Stub) -> F,
         F: Future<Output = Result<T, CliError>>,
     {
-        self.runtime.block_on(async { work(self.connect().await?).await })
+        self.runtime
+            .block_on(async { work(self.connect().await?).await })
     }
 
     async fn connect(&self) -> Result<Stub, CliError> {
@@ -71,7 +78,10 @@ impl Client {
                 async move { UnixStream::connect(path).await.map(TokioIo::new) }
             }))
             .await
-            .map_err(|e| CliError::NoDaemon { endpoint: self.endpoint.clone(), why: e.to_string() })?;
+            .map_err(|e| CliError::NoDaemon {
+                endpoint: self.endpoint.clone(),
+                why: e.to_string(),
+            })?;
         Ok(Stub::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES))
     }
 
@@ -79,10 +89,16 @@ impl Client {
         if error.kind() == std::io::ErrorKind::PermissionDenied {
             return CliError::Engine(EngineError::new(
                 ErrorKind::PermissionDenied,
-                format!("the agent's socket {} is closed to this user; run the command as root or as the agent's user", self.path.display()),
+                format!(
+                    "the agent's socket {} is closed to this user; run the command as root or as the agent's user",
+                    self.path.display()
+                ),
             ));
         }
-        CliError::NoDaemon { endpoint: self.endpoint.clone(), why: error.to_string() }
+        CliError::NoDaemon {
+            endpoint: self.endpoint.clone(),
+            why: error.to_string(),
+        }
     }
 }
 
@@ -92,7 +108,10 @@ impl From<Status> for CliError {
         if !from_daemon && std::error::Error::source(&status).is_some() {
             return Self::Engine(EngineError::new(
                 ErrorKind::Unavailable,
-                format!("the agent went away during the call ({}); see its log", status.message()),
+                format!(
+                    "the agent went away during the call ({}); see its log",
+                    status.message()
+                ),
             ));
         }
         Self::Engine(from_status(&status))
@@ -101,7 +120,9 @@ impl From<Status> for CliError {
 
 impl From<WireError> for CliError {
     fn from(error: WireError) -> Self {
-        Self::Failed(format!("the agent's answer is not understood: {error}; use a command line and an agent of one version"))
+        Self::Failed(format!(
+            "the agent's answer is not understood: {error}; use a command line and an agent of one version"
+        ))
     }
 }
 
@@ -129,7 +150,11 @@ where
     T: TryFrom<P>,
     CliError: From<T::Error>,
 {
-    stream.message().await?.map(|m| Ok(T::try_from(m)?)).transpose()
+    stream
+        .message()
+        .await?
+        .map(|m| Ok(T::try_from(m)?))
+        .transpose()
 }
 
 impl From<std::convert::Infallible> for CliError {
@@ -145,9 +170,20 @@ mod tests {
     #[test]
     fn endpoints() {
         for good in ["unix:/run/soe/soe.sock", "unix:///run/soe/soe.sock"] {
-            assert_eq!(Client::new(good).unwrap().path, PathBuf::from("/run/soe/soe.sock"), "{good}");
+            assert_eq!(
+                Client::new(good).unwrap().path,
+                PathBuf::from("/run/soe/soe.sock"),
+                "{good}"
+            );
         }
-        for bad in ["", "unix:", "unix:soe.sock", "/run/soe.sock", "http://localhost:1", "unix://host/soe.sock"] {
+        for bad in [
+            "",
+            "unix:",
+            "unix:soe.sock",
+            "/run/soe.sock",
+            "http://localhost:1",
+            "unix://host/soe.sock",
+        ] {
             let result = Client::new(bad).map(|c| c.path);
             assert!(matches!(result, Err(CliError::Usage(_))), "{bad}");
         }

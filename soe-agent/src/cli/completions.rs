@@ -29,11 +29,15 @@ pub(super) struct ManArgs {
 pub(super) fn run(args: CompletionsArgs, mut command: Command) -> Result<(), CliError> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut command, "soe", &mut script);
-    io::stdout().lock().write_all(&script).map_err(CliError::io("standard output"))
+    io::stdout()
+        .lock()
+        .write_all(&script)
+        .map_err(CliError::io("standard output"))
 }
 
 pub(super) fn man(args: ManArgs, command: Command) -> Result<(), CliError> {
-    fs::create_dir_all(&args.out).map_err(CliError::io(format!("folder {}", args.out.display())))?;
+    fs::create_dir_all(&args.out)
+        .map_err(CliError::io(format!("folder {}", args.out.display())))?;
     let mut command = command;
     command.build();
     write_pages(&command, "soe", &args.out)
@@ -46,7 +50,10 @@ fn write_pages(command: &Command, name: &str, out: &Path) -> Result<(), CliError
         .render(&mut page)
         .and_then(|()| fs::write(&path, page))
         .map_err(CliError::io(format!("man page {}", path.display())))?;
-    for verb in command.get_subcommands().filter(|v| !v.is_hide_set() && v.get_name() != "help") {
+    for verb in command
+        .get_subcommands()
+        .filter(|v| !v.is_hide_set() && v.get_name() != "help")
+    {
         write_pages(verb, &format!("{name}-{}", verb.get_name()), out)?;
     }
     Ok(())

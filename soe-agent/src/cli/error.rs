@@ -13,7 +13,9 @@ pub(super) enum CliError {
     #[error("{0}")]
     Usage(String),
     /// Nobody listens. Exit 3.
-    #[error("no agent answers at {endpoint}: {why}; start it with `soe agent` or name another with --endpoint or SOE_ENDPOINT")]
+    #[error(
+        "no agent answers at {endpoint}: {why}; start it with `soe agent` or name another with --endpoint or SOE_ENDPOINT"
+    )]
     NoDaemon {
         /// Where it was sought.
         endpoint: String,
@@ -91,7 +93,14 @@ mod tests {
     fn exit_codes() {
         let engine = |kind| CliError::Engine(EngineError::new(kind, "x")).exit_code();
         assert_eq!(CliError::Usage("x".into()).exit_code(), 2);
-        assert_eq!(CliError::NoDaemon { endpoint: "x".into(), why: "y".into() }.exit_code(), 3);
+        assert_eq!(
+            CliError::NoDaemon {
+                endpoint: "x".into(),
+                why: "y".into()
+            }
+            .exit_code(),
+            3
+        );
         assert_eq!(engine(ErrorKind::Unsafe), 4);
         assert_eq!(engine(ErrorKind::Integrity), 5);
         assert_eq!(engine(ErrorKind::NotFound), 1);

@@ -55,12 +55,23 @@ fn read(file: &PathBuf) -> Result<Vec<u8>, CliError> {
     let mut text = Vec::new();
     let failed = || CliError::io(format!("event file {}", file.display()));
     if file.as_os_str() == "-" {
-        io::stdin().lock().take(MAX_BYTES + 1).read_to_end(&mut text).map_err(failed())?;
+        io::stdin()
+            .lock()
+            .take(MAX_BYTES + 1)
+            .read_to_end(&mut text)
+            .map_err(failed())?;
     } else {
-        File::open(file).map_err(failed())?.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(failed())?;
+        File::open(file)
+            .map_err(failed())?
+            .take(MAX_BYTES + 1)
+            .read_to_end(&mut text)
+            .map_err(failed())?;
     }
     if text.len() as u64 > MAX_BYTES {
-        return Err(CliError::Usage(format!("event file {} is larger than 64 MiB; publish it in parts", file.display())));
+        return Err(CliError::Usage(format!(
+            "event file {} is larger than 64 MiB; publish it in parts",
+            file.display()
+        )));
     }
     Ok(text)
 }
@@ -72,7 +83,9 @@ fn publish(file: &PathBuf, client: &Client, mut out: Output) -> Result<(), CliEr
     let (stored, known) = client.call(async |mut stub| {
         let (mut stored, mut known) = (0u64, 0u64);
         for event in events {
-            let request = pb::PublishEventRequest { event: Some(event.into()) };
+            let request = pb::PublishEventRequest {
+                event: Some(event.into()),
+            };
             if stub.publish_event(request).await?.into_inner().stored {
                 stored += 1;
             } else {
@@ -88,15 +101,28 @@ fn publish(file: &PathBuf, client: &Client, mut out: Output) -> Result<(), CliEr
     out.finish()
 }
 
-fn list(since: Option<UnixNanos>, limit: u32, client: &Client, mut out: Output) -> Result<(), CliError> {
-    let request = pb::ListEventsRequest { since_unix_ns: since, limit };
-    let events: Vec<Event> =
-        client.call(async |mut stub| plain_all(stub.list_events(request).await?.into_inner().events))?;
+fn list(
+    since: Option<UnixNanos>,
+    limit: u32,
+    client: &Client,
+    mut out: Output,
+) -> Result<(), CliError> {
+    let request = pb::ListEventsRequest {
+        since_unix_ns: since,
+        limit,
+    };
+    let events: Vec<Event> = client
+        .call(async |mut stub| plain_all(stub.list_events(request).await?.into_inner().events))?;
     if out.is_json() {
         return out.json(&json!({"events": events}));
     }
     out.show(&events, |events| {
-        let mut table = Table::new(&["TIME", "EXPECTED", "TYPE", "SOURCE", "ID", "SUBJECT", "VOLUMES"], "no events");
+        let mut table = Table::new(
+            &[
+                "TIME", "EXPECTED", "TYPE", "SOURCE", "ID", "SUBJECT", "VOLUMES",
+            ],
+            "no events",
+        );
         for e in events {
             table.row([
                 when(e.time),

@@ -28,8 +28,12 @@ const BAR: usize = 50;
 
 pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), CliError> {
     let horizon_s = args::seconds("--horizon", args.horizon)?;
-    let request = pb::ForecastRequest { volume: args::volume(&args.volume)?, horizon_s };
-    let report: ForecastReport = client.call(async |mut stub| plain(stub.forecast(request).await?))?;
+    let request = pb::ForecastRequest {
+        volume: args::volume(&args.volume)?,
+        horizon_s,
+    };
+    let report: ForecastReport =
+        client.call(async |mut stub| plain(stub.forecast(request).await?))?;
     let plot = args.plot;
     out.show(&report, |r| table(r, plot))
 }
@@ -41,32 +45,74 @@ fn rate(bytes_per_second: f64) -> String {
 fn table(report: &ForecastReport, plot: bool) -> Table {
     let p = &report.predicted;
     let mut table = if plot {
-        Table::new(&["START", "MEDIAN", "90 %", "= MEDIAN, - 90 %"], "no forecast yet")
+        Table::new(
+            &["START", "MEDIAN", "90 %", "= MEDIAN, - 90 %"],
+            "no forecast yet",
+        )
     } else {
-        Table::new(&["START", "10 %", "MEDIAN", "80 %", "90 %", "95 %", "99 %"], "no forecast yet")
+        Table::new(
+            &["START", "10 %", "MEDIAN", "80 %", "90 %", "95 %", "99 %"],
+            "no forecast yet",
+        )
     };
-    let top = report.points.iter().map(|point| point.q90).fold(0.0, f64::max);
+    let top = report
+        .points
+        .iter()
+        .map(|point| point.q90)
+        .fold(0.0, f64::max);
     for point in &report.points {
-        let ForecastPoint { start, q10, q50, q80, q90, q95, q99 } = *point;
+        let ForecastPoint {
+            start,
+            q10,
+            q50,
+            q80,
+            q90,
+            q95,
+            q99,
+        } = *point;
         if plot {
             table.row([when(start), rate(q50), rate(q90), bar(q50, q90, top)]);
         } else {
-            table.row([when(start), rate(q10), rate(q50), rate(q80), rate(q90), rate(q95), rate(q99)]);
+            table.row([
+                when(start),
+                rate(q10),
+                rate(q50),
+                rate(q80),
+                rate(q90),
+                rate(q95),
+                rate(q99),
+            ]);
         }
     }
     table.row([String::new()]);
-    let burst = p.next_burst_at.map_or("none expected".into(), |at| format!("expected at {}", when(at)));
+    let burst = p.next_burst_at.map_or("none expected".into(), |at| {
+        format!("expected at {}", when(at))
+    });
     let probability = or_dash(p.burst_probability.map(|b| format!("{b:.2}")));
     table.row([format!("burst: {burst}, probability {probability}")]);
-    table.row([format!("model: {} ({})", or_dash(p.model.as_ref()), or_dash(p.model_reason.as_ref()))]);
+    table.row([format!(
+        "model: {} ({})",
+        or_dash(p.model.as_ref()),
+        or_dash(p.model_reason.as_ref())
+    )]);
     table
 }
 
 /// A bar whose first part is the median and whose rest is the 90 % quantile.
 fn bar(median: f64, high: f64, top: f64) -> String {
-    let length = |value: f64| if top > 0.0 { ((value / top).clamp(0.0, 1.0) * BAR as f64).round() as usize } else { 0 };
+    let length = |value: f64| {
+        if top > 0.0 {
+            ((value / top).clamp(0.0, 1.0) * BAR as f64).round() as usize
+        } else {
+            0
+        }
+    };
     let solid = length(median);
-    format!("{}{}", "=".repeat(solid), "-".repeat(length(high).saturating_sub(solid)))
+    format!(
+        "{}{}",
+        "=".repeat(solid),
+        "-".repeat(length(high).saturating_sub(solid))
+    )
 }
 
 #[cfg(test)]
@@ -75,7 +121,10 @@ mod tests {
 
     #[test]
     fn bars_scale_with_the_highest() {
-        assert_eq!(bar(50.0, 100.0, 100.0), format!("{}{}", "=".repeat(25), "-".repeat(25)));
+        assert_eq!(
+            bar(50.0, 100.0, 100.0),
+            format!("{}{}", "=".repeat(25), "-".repeat(25))
+        );
         assert_eq!(bar(0.0, 0.0, 0.0), "");
         assert_eq!(bar(f64::NAN, f64::INFINITY, 100.0).len(), BAR);
     }

@@ -102,8 +102,14 @@ impl Terms {
         Ok(Converted {
             prediction: self.prediction.map(|p| p == Switch::On),
             rpo_s: self.rpo.map(|d| args::seconds("--rpo", d)).transpose()?,
-            max_pause_us: self.max_pause.map(|d| args::micros("--max-pause", d)).transpose()?,
-            p99_target_us: self.p99_target.map(|d| args::micros("--p99-target", d)).transpose()?,
+            max_pause_us: self
+                .max_pause
+                .map(|d| args::micros("--max-pause", d))
+                .transpose()?,
+            p99_target_us: self
+                .p99_target
+                .map(|d| args::micros("--p99-target", d))
+                .transpose()?,
         })
     }
 }
@@ -114,8 +120,17 @@ fn names(volumes: &[String]) -> Result<Vec<String>, CliError> {
 
 pub(super) fn run(args: Args, client: &Client, out: Output) -> Result<(), CliError> {
     match args.verb {
-        Verb::Create { name, volumes, terms } => {
-            let Converted { prediction, rpo_s, max_pause_us, p99_target_us } = terms.converted()?;
+        Verb::Create {
+            name,
+            volumes,
+            terms,
+        } => {
+            let Converted {
+                prediction,
+                rpo_s,
+                max_pause_us,
+                p99_target_us,
+            } = terms.converted()?;
             let spec = GroupSpec {
                 name,
                 volumes: names(&volumes)?,
@@ -127,17 +142,29 @@ pub(super) fn run(args: Args, client: &Client, out: Output) -> Result<(), CliErr
                 criticality: terms.criticality.unwrap_or(Criticality::Normal),
             };
             let request = pb::CreateSnapshotGroupRequest::from(spec);
-            let group = client.call(async |mut stub| plain(stub.create_snapshot_group(request).await?))?;
+            let group =
+                client.call(async |mut stub| plain(stub.create_snapshot_group(request).await?))?;
             show(&group, out)
         }
         Verb::List => list(client, out),
         Verb::Status { name } => {
             let request = pb::GetSnapshotGroupStatusRequest { group_name: name };
-            let group = client.call(async |mut stub| plain(stub.get_snapshot_group_status(request).await?))?;
+            let group = client
+                .call(async |mut stub| plain(stub.get_snapshot_group_status(request).await?))?;
             show(&group, out)
         }
-        Verb::Update { name, add_volumes, remove_volumes, terms } => {
-            let Converted { prediction, rpo_s, max_pause_us, p99_target_us } = terms.converted()?;
+        Verb::Update {
+            name,
+            add_volumes,
+            remove_volumes,
+            terms,
+        } => {
+            let Converted {
+                prediction,
+                rpo_s,
+                max_pause_us,
+                p99_target_us,
+            } = terms.converted()?;
             let update = GroupUpdate {
                 name: name.clone(),
                 prediction_enabled: prediction,
@@ -149,21 +176,45 @@ pub(super) fn run(args: Args, client: &Client, out: Output) -> Result<(), CliErr
                 add_volumes: names(&add_volumes)?,
                 remove_volumes: names(&remove_volumes)?,
             };
-            if update == (GroupUpdate { name, ..GroupUpdate::default() }) {
-                return Err(CliError::Usage("nothing to change was named; see `soe group update --help`".into()));
+            if update
+                == (GroupUpdate {
+                    name,
+                    ..GroupUpdate::default()
+                })
+            {
+                return Err(CliError::Usage(
+                    "nothing to change was named; see `soe group update --help`".into(),
+                ));
             }
             let request = pb::UpdateSnapshotGroupRequest::from(update);
-            let group = client.call(async |mut stub| plain(stub.update_snapshot_group(request).await?))?;
+            let group =
+                client.call(async |mut stub| plain(stub.update_snapshot_group(request).await?))?;
             show(&group, out)
         }
-        Verb::Delete { name, delete_layers } => delete(name, delete_layers, client, out),
+        Verb::Delete {
+            name,
+            delete_layers,
+        } => delete(name, delete_layers, client, out),
     }
 }
 
-fn delete(name: String, delete_layers: bool, client: &Client, mut out: Output) -> Result<(), CliError> {
-    let request = pb::DeleteSnapshotGroupRequest { group_name: name.clone(), delete_layers };
-    let deleted =
-        client.call(async |mut stub| Ok(stub.delete_snapshot_group(request).await?.into_inner().layers_deleted))?;
+fn delete(
+    name: String,
+    delete_layers: bool,
+    client: &Client,
+    mut out: Output,
+) -> Result<(), CliError> {
+    let request = pb::DeleteSnapshotGroupRequest {
+        group_name: name.clone(),
+        delete_layers,
+    };
+    let deleted = client.call(async |mut stub| {
+        Ok(stub
+            .delete_snapshot_group(request)
+            .await?
+            .into_inner()
+            .layers_deleted)
+    })?;
     if out.is_json() {
         return out.json(&json!({"group": name, "layers_deleted": deleted}));
     }
@@ -173,16 +224,34 @@ fn delete(name: String, delete_layers: bool, client: &Client, mut out: Output) -
 
 fn list(client: &Client, mut out: Output) -> Result<(), CliError> {
     let groups: Vec<GroupStatus> = client.call(async |mut stub| {
-        plain_all(stub.list_snapshot_groups(pb::ListSnapshotGroupsRequest {}).await?.into_inner().groups)
+        plain_all(
+            stub.list_snapshot_groups(pb::ListSnapshotGroupsRequest {})
+                .await?
+                .into_inner()
+                .groups,
+        )
     })?;
     if out.is_json() {
         return out.json(&json!({"groups": groups}));
     }
     out.show(&groups, |groups| {
-        let header = ["GROUP", "VOLUMES", "LAYERS", "PREDICTION", "RPO", "OLDEST AGE", "LAST ERROR"];
+        let header = [
+            "GROUP",
+            "VOLUMES",
+            "LAYERS",
+            "PREDICTION",
+            "RPO",
+            "OLDEST AGE",
+            "LAST ERROR",
+        ];
         let mut table = Table::new(&header, "no groups; create one with `soe group create`");
         for g in groups {
-            let oldest = g.volumes.iter().map(|v| v.rpo_age_s).max_by_key(|a| a.unwrap_or(u64::MAX)).flatten();
+            let oldest = g
+                .volumes
+                .iter()
+                .map(|v| v.rpo_age_s)
+                .max_by_key(|a| a.unwrap_or(u64::MAX))
+                .flatten();
             table.row([
                 g.group.clone(),
                 g.volumes.len().to_string(),
@@ -207,9 +276,19 @@ fn show(group: &GroupStatus, mut out: Output) -> Result<(), CliError> {
         table.pair("group", &g.group);
         table.pair("prediction", on_off(g.prediction_enabled));
         table.pair("rpo", age(g.rpo_s));
-        table.pair("pause budget", format!("{}, missed {} times", micros(g.max_pause_us), g.missed_pause_budgets));
+        table.pair(
+            "pause budget",
+            format!(
+                "{}, missed {} times",
+                micros(g.max_pause_us),
+                g.missed_pause_budgets
+            ),
+        );
         table.pair("p99 target", or_dash(g.p99_target_us.map(micros)));
-        table.pair("application", format!("{}, criticality {}", or_dash(g.app.as_ref()), g.criticality));
+        table.pair(
+            "application",
+            format!("{}, criticality {}", or_dash(g.app.as_ref()), g.criticality),
+        );
         if let Some(error) = &g.last_error {
             table.pair("last error", error);
         }
@@ -219,12 +298,28 @@ fn show(group: &GroupStatus, mut out: Output) -> Result<(), CliError> {
 }
 
 fn volume(v: &VolumeStatus, table: &mut Table) {
-    table.pair("volume", format!("{} ({}, {})", v.volume, human_size(v.size_bytes), v.device_id));
-    let rescan = v.rescan_reason.map_or(String::new(), |r| format!("; the next layer reads everything: {r}"));
-    table.pair("  tracking", format!("{}, epoch {}{rescan}", v.tracking, v.epoch));
+    table.pair(
+        "volume",
+        format!(
+            "{} ({}, {})",
+            v.volume,
+            human_size(v.size_bytes),
+            v.device_id
+        ),
+    );
+    let rescan = v.rescan_reason.map_or(String::new(), |r| {
+        format!("; the next layer reads everything: {r}")
+    });
+    table.pair(
+        "  tracking",
+        format!("{}, epoch {}{rescan}", v.tracking, v.epoch),
+    );
     table.pair(
         "  layers",
-        format!("{} ({} baseline, {} differential)", v.layers, v.baseline_layers, v.differential_layers),
+        format!(
+            "{} ({} baseline, {} differential)",
+            v.layers, v.baseline_layers, v.differential_layers
+        ),
     );
     if let Some(l) = &v.last_layer {
         table.pair(
@@ -243,8 +338,14 @@ fn volume(v: &VolumeStatus, table: &mut Table) {
             ),
         );
     }
-    table.pair("  pending", format!("{} changed blocks", or_dash(v.changed_blocks_pending)));
-    table.pair("  age", format!("{} of {}", or_dash(v.rpo_age_s.map(age)), age(v.rpo_s)));
+    table.pair(
+        "  pending",
+        format!("{} changed blocks", or_dash(v.changed_blocks_pending)),
+    );
+    table.pair(
+        "  age",
+        format!("{} of {}", or_dash(v.rpo_age_s.map(age)), age(v.rpo_s)),
+    );
     let s = &v.staging;
     table.pair(
         "  staging",
@@ -261,16 +362,28 @@ fn volume(v: &VolumeStatus, table: &mut Table) {
         "  predicted",
         format!(
             "load {}, burst {} with probability {}, quiet from {}",
-            or_dash(p.load_now.map(|l| format!("{}/s", human_size(l.max(0.0) as u64)))),
+            or_dash(
+                p.load_now
+                    .map(|l| format!("{}/s", human_size(l.max(0.0) as u64)))
+            ),
             or_dash(p.next_burst_at.map(when)),
             or_dash(p.burst_probability.map(|b| format!("{b:.2}"))),
-            or_dash(p.next_low_window.map(|w| format!("{} to {}", when(w.start), when(w.end))))
+            or_dash(
+                p.next_low_window
+                    .map(|w| format!("{} to {}", when(w.start), when(w.end)))
+            )
         ),
     );
     if let Some(model) = &p.model {
-        table.pair("  model", format!("{model} ({})", or_dash(p.model_reason.as_ref())));
+        table.pair(
+            "  model",
+            format!("{model} ({})", or_dash(p.model_reason.as_ref())),
+        );
     }
     if let Some(d) = &v.last_decision {
-        table.pair("  decision", format!("{} at {}: {}", d.action, when(d.at), d.reason));
+        table.pair(
+            "  decision",
+            format!("{} at {}: {}", d.action, when(d.at), d.reason),
+        );
     }
 }

@@ -90,27 +90,64 @@ pub(super) fn run(
     match args.verb {
         Verb::Capture { name, kind } => capture(name, kind, &client()?, out),
         Verb::List { name, volume } => {
-            let volume = volume.map(|v| args::volume(&v)).transpose()?.unwrap_or_default();
-            let request = pb::ListLayersRequest { group_name: name, volume };
-            let layers: Vec<LayerInfo> = client()?
-                .call(async |mut stub| plain_all(stub.list_layers(request).await?.into_inner().layers))?;
+            let volume = volume
+                .map(|v| args::volume(&v))
+                .transpose()?
+                .unwrap_or_default();
+            let request = pb::ListLayersRequest {
+                group_name: name,
+                volume,
+            };
+            let layers: Vec<LayerInfo> = client()?.call(async |mut stub| {
+                plain_all(stub.list_layers(request).await?.into_inner().layers)
+            })?;
             show_layers(&layers, out)
         }
         Verb::Show { id } => show(id, &client()?, out),
-        Verb::Diff { name, volume, from, to } => {
+        Verb::Diff {
+            name,
+            volume,
+            from,
+            to,
+        } => {
             let volume = args::volume(&volume)?;
-            diff(pb::DiffLayersRequest { group_name: name, volume, from_layer: from, to_layer: to }, &client()?, out)
+            diff(
+                pb::DiffLayersRequest {
+                    group_name: name,
+                    volume,
+                    from_layer: from,
+                    to_layer: to,
+                },
+                &client()?,
+                out,
+            )
         }
-        Verb::Verify { name, store: Some(store), .. } => {
+        Verb::Verify {
+            name,
+            store: Some(store),
+            ..
+        } => {
             let mut report = Report::default();
             let mut progress = Progress::new("verifying");
-            offline::verify(&store, &name, &mut |event| report.note(event, &mut progress))?;
+            offline::verify(&store, &name, &mut |event| {
+                report.note(event, &mut progress)
+            })?;
             progress.finish();
             report.tell(out)
         }
-        Verb::Verify { name, volume, store: None } => {
-            let volume = volume.map(|v| args::volume(&v)).transpose()?.unwrap_or_default();
-            let request = pb::VerifyLayersRequest { group_name: name, volume };
+        Verb::Verify {
+            name,
+            volume,
+            store: None,
+        } => {
+            let volume = volume
+                .map(|v| args::volume(&v))
+                .transpose()?
+                .unwrap_or_default();
+            let request = pb::VerifyLayersRequest {
+                group_name: name,
+                volume,
+            };
             let report = client()?.call(async |mut stub| {
                 let mut report = Report::default();
                 let mut progress = Progress::new("verifying");
@@ -132,9 +169,12 @@ fn capture(name: String, kind: Kind, client: &Client, out: Output) -> Result<(),
         Kind::Baseline => Some(LayerKind::Baseline),
         Kind::Differential => Some(LayerKind::Differential),
     };
-    let request = pb::CaptureLayerRequest { group_name: name, kind: convert::layer_kind_to_pb(kind) };
-    let layers: Vec<LayerInfo> =
-        client.call(async |mut stub| plain_all(stub.capture_layer(request).await?.into_inner().layers))?;
+    let request = pb::CaptureLayerRequest {
+        group_name: name,
+        kind: convert::layer_kind_to_pb(kind),
+    };
+    let layers: Vec<LayerInfo> = client
+        .call(async |mut stub| plain_all(stub.capture_layer(request).await?.into_inner().layers))?;
     show_layers(&layers, out)
 }
 
@@ -143,8 +183,10 @@ fn show_layers(layers: &[LayerInfo], mut out: Output) -> Result<(), CliError> {
         return out.json(&json!({"layers": layers}));
     }
     out.show(&layers, |layers| {
-        let header =
-            ["SEQ", "ID", "VOLUME", "KIND", "LEVEL", "METHOD", "PAUSE", "BLOCKS", "READ", "STORED", "CUT AT"];
+        let header = [
+            "SEQ", "ID", "VOLUME", "KIND", "LEVEL", "METHOD", "PAUSE", "BLOCKS", "READ", "STORED",
+            "CUT AT",
+        ];
         let mut table = Table::new(&header, "no layers");
         for l in *layers {
             table.row([
@@ -167,23 +209,56 @@ fn show_layers(layers: &[LayerInfo], mut out: Output) -> Result<(), CliError> {
 
 fn show(id: String, client: &Client, mut out: Output) -> Result<(), CliError> {
     let request = pb::ShowLayerRequest { id };
-    let detail: LayerDetail = client.call(async |mut stub| plain(stub.show_layer(request).await?))?;
+    let detail: LayerDetail =
+        client.call(async |mut stub| plain(stub.show_layer(request).await?))?;
     out.show(&detail, |d| {
         let l = &d.layer;
         let mut table = Table::pairs();
         table.pair("layer", &l.id);
         table.pair("group", &l.group);
-        table.pair("volume", format!("{} ({})", l.volume, human_size(l.volume_bytes)));
+        table.pair(
+            "volume",
+            format!("{} ({})", l.volume, human_size(l.volume_bytes)),
+        );
         table.pair("sequence", l.sequence);
         table.pair("parent", or_dash(d.parent.as_ref()));
         table.pair("kind", l.kind);
         table.pair("rescan", or_dash(l.rescan_reason));
         table.pair("level", l.level);
-        table.pair("cut", format!("{} at {}, pause {}, skew {}", l.method, when(l.cut_at), micros(l.pause_us), micros(l.skew_us)));
-        table.pair("captured", format!("{} to {}", when(l.started_at), when(l.finished_at)));
-        table.pair("epoch", format!("{} of generation {}", l.epoch, or_dash(l.generation)));
-        table.pair("blocks", format!("{} of {}, {} zero", l.changed_blocks, human_size(l.block_size_bytes), d.zero_blocks));
-        table.pair("bytes", format!("{} read, {} stored as {}", l.bytes_read, l.bytes_stored, d.compression));
+        table.pair(
+            "cut",
+            format!(
+                "{} at {}, pause {}, skew {}",
+                l.method,
+                when(l.cut_at),
+                micros(l.pause_us),
+                micros(l.skew_us)
+            ),
+        );
+        table.pair(
+            "captured",
+            format!("{} to {}", when(l.started_at), when(l.finished_at)),
+        );
+        table.pair(
+            "epoch",
+            format!("{} of generation {}", l.epoch, or_dash(l.generation)),
+        );
+        table.pair(
+            "blocks",
+            format!(
+                "{} of {}, {} zero",
+                l.changed_blocks,
+                human_size(l.block_size_bytes),
+                d.zero_blocks
+            ),
+        );
+        table.pair(
+            "bytes",
+            format!(
+                "{} read, {} stored as {}",
+                l.bytes_read, l.bytes_stored, d.compression
+            ),
+        );
         table.pair("state root", or_dash(l.state_root.as_ref()));
         table.pair("delta root", or_dash(d.delta_root.as_ref()));
         for file in &d.files {
@@ -212,7 +287,10 @@ fn diff(request: pb::DiffLayersRequest, client: &Client, mut out: Output) -> Res
             for range in piece.extents.into_iter().map(ByteRange::from) {
                 if out.is_json() {
                     let comma = if first { "" } else { "," };
-                    out.text(&format!("{comma}{{\"offset\":{},\"len\":{}}}", range.offset, range.len))?;
+                    out.text(&format!(
+                        "{comma}{{\"offset\":{},\"len\":{}}}",
+                        range.offset, range.len
+                    ))?;
                 } else {
                     out.line(&format!("{} {}", range.offset, range.len))?;
                 }
@@ -237,12 +315,27 @@ struct Report {
 impl Report {
     fn note(&mut self, event: VerifyEvent, progress: &mut Progress) {
         match event {
-            VerifyEvent::Progress { bytes_checked, bytes_total, .. } => progress.update(bytes_checked, bytes_total),
-            VerifyEvent::Problem { layer, volume, what } => {
-                self.sentences.push(format!("layer {layer} of {volume}: {what}"));
-                self.problems.push(json!({"layer": layer, "volume": volume, "what": what}));
+            VerifyEvent::Progress {
+                bytes_checked,
+                bytes_total,
+                ..
+            } => progress.update(bytes_checked, bytes_total),
+            VerifyEvent::Problem {
+                layer,
+                volume,
+                what,
+            } => {
+                self.sentences
+                    .push(format!("layer {layer} of {volume}: {what}"));
+                self.problems
+                    .push(json!({"layer": layer, "volume": volume, "what": what}));
             }
-            VerifyEvent::Summary { layers, blocks, bytes, problems } => {
+            VerifyEvent::Summary {
+                layers,
+                blocks,
+                bytes,
+                problems,
+            } => {
                 self.summary = Some((layers, blocks, bytes, problems));
             }
         }
@@ -250,7 +343,9 @@ impl Report {
 
     fn tell(self, mut out: Output) -> Result<(), CliError> {
         let Some((layers, blocks, bytes, found)) = self.summary else {
-            return Err(CliError::Failed("the verification broke off before its end; run it again".into()));
+            return Err(CliError::Failed(
+                "the verification broke off before its end; run it again".into(),
+            ));
         };
         if out.is_json() {
             out.json(&json!({"layers": layers, "blocks": blocks, "bytes": bytes, "problems": self.problems}))?;
@@ -258,7 +353,10 @@ impl Report {
             for sentence in &self.sentences {
                 out.line(sentence)?;
             }
-            out.line(&format!("{layers} layers, {blocks} blocks, {} checked, {found} problems", human_size(bytes)))?;
+            out.line(&format!(
+                "{layers} layers, {blocks} blocks, {} checked, {found} problems",
+                human_size(bytes)
+            ))?;
             out.finish()?;
         }
         if found > 0 || !self.problems.is_empty() {

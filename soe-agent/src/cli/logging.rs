@@ -40,7 +40,9 @@ pub fn init(directives: &str) -> Result<(), String> {
 pub fn set(directives: &str) -> Result<(), String> {
     let filter = check(directives)?;
     match FILTER.get() {
-        Some(handle) => handle.reload(filter).map_err(|e| format!("the log level cannot be changed: {e}")),
+        Some(handle) => handle
+            .reload(filter)
+            .map_err(|e| format!("the log level cannot be changed: {e}")),
         None => Ok(()),
     }
 }
@@ -54,6 +56,10 @@ mod tests {
         for good in ["info", "warn,soe_agent::plan=debug", "trace"] {
             assert!(check(good).is_ok(), "{good}");
         }
-        assert!(check("soe_agent=loud").unwrap_err().starts_with("agent.log: \"soe_agent=loud\" is no log level"));
+        assert!(
+            check("soe_agent=loud")
+                .unwrap_err()
+                .starts_with("agent.log: \"soe_agent=loud\" is no log level")
+        );
     }
 }

@@ -39,7 +39,13 @@ use output::Output;
 
 /// Watches block devices, forecasts their load, and captures, stages and restores layered snapshots.
 #[derive(Debug, Parser)]
-#[command(name = "soe", version, propagate_version = true, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    name = "soe",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
 struct Cli {
     /// Where the agent listens
     #[arg(long, global = true, env = "SOE_ENDPOINT", value_name = "unix:PATH", default_value = client::DEFAULT_ENDPOINT, hide_env_values = true)]
@@ -144,10 +150,16 @@ mod tests {
     fn every_verb_and_argument_is_explained() {
         fn check(command: &clap::Command, path: &str) {
             let name = format!("{path} {}", command.get_name());
-            assert!(command.get_about().is_some(), "{name} says nothing of itself");
+            assert!(
+                command.get_about().is_some(),
+                "{name} says nothing of itself"
+            );
             for argument in command.get_arguments() {
                 let id = argument.get_id();
-                assert!(argument.get_help().is_some() || id == "help" || id == "version", "{name}: {id} is not explained");
+                assert!(
+                    argument.get_help().is_some() || id == "help" || id == "version",
+                    "{name}: {id} is not explained"
+                );
             }
             command.get_subcommands().for_each(|c| check(c, &name));
         }

@@ -32,7 +32,12 @@ enum Verb {
 
 pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), CliError> {
     let request = |volume: Option<String>| -> Result<pb::ModelRequest, CliError> {
-        Ok(pb::ModelRequest { volume: volume.map(|v| args::volume(&v)).transpose()?.unwrap_or_default() })
+        Ok(pb::ModelRequest {
+            volume: volume
+                .map(|v| args::volume(&v))
+                .transpose()?
+                .unwrap_or_default(),
+        })
     };
     let report: ModelReport = match args.verb {
         Verb::Show { volume } => {
@@ -48,13 +53,29 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
         let mut table = Table::pairs();
         table.pair("model of", r.volume.as_deref().unwrap_or("all volumes"));
         table.pair("serving", format!("{} ({})", r.serving, r.reason));
-        let window = r.trained_on.map(|w| format!("{} to {}", when(w.start), when(w.end)));
+        let window = r
+            .trained_on
+            .map(|w| format!("{} to {}", when(w.start), when(w.end)));
         table.pair("trained", or_dash(r.trained_at.map(when)));
-        table.pair("  on", format!("{}, {} samples, seed {}", or_dash(window), r.training_samples, or_dash(r.seed)));
+        table.pair(
+            "  on",
+            format!(
+                "{}, {} samples, seed {}",
+                or_dash(window),
+                r.training_samples,
+                or_dash(r.seed)
+            ),
+        );
         table.pair("  weights", or_dash(r.parameters));
         for member in &r.members {
             let loss = or_dash(member.quantile_loss.map(|l| format!("{l:.4}")));
-            table.pair("member", format!("{}: quantile loss {loss} over {} forecasts", member.member, member.matured));
+            table.pair(
+                "member",
+                format!(
+                    "{}: quantile loss {loss} over {} forecasts",
+                    member.member, member.matured
+                ),
+            );
         }
         table
     })

@@ -25,7 +25,11 @@ impl Output {
         let stdout = io::stdout();
         let plain = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
         let bold = stdout.is_terminal() && !plain;
-        Self { writer: BufWriter::new(stdout), json, bold }
+        Self {
+            writer: BufWriter::new(stdout),
+            json,
+            bold,
+        }
     }
 
     /// Whether JSON is wanted.
@@ -54,7 +58,11 @@ impl Output {
     }
 
     /// Writes `value` as JSON, or what `table` makes of it.
-    pub(super) fn show<T: Serialize>(&mut self, value: &T, table: impl FnOnce(&T) -> Table) -> Result<(), CliError> {
+    pub(super) fn show<T: Serialize>(
+        &mut self,
+        value: &T,
+        table: impl FnOnce(&T) -> Table,
+    ) -> Result<(), CliError> {
         if self.json {
             self.json(value)
         } else {
@@ -66,7 +74,8 @@ impl Output {
 
     /// Writes `value` as one line of JSON.
     pub(super) fn json<T: Serialize>(&mut self, value: &T) -> Result<(), CliError> {
-        let text = serde_json::to_string(value).map_err(|e| CliError::Failed(format!("result as JSON: {e}")))?;
+        let text = serde_json::to_string(value)
+            .map_err(|e| CliError::Failed(format!("result as JSON: {e}")))?;
         self.line(&text)?;
         self.finish()
     }
@@ -82,7 +91,11 @@ pub(super) struct Table {
 impl Table {
     /// A table with these columns; `empty` is what stands there without rows.
     pub(super) fn new(header: &[&'static str], empty: &'static str) -> Self {
-        Self { header: header.to_vec(), rows: Vec::new(), empty }
+        Self {
+            header: header.to_vec(),
+            rows: Vec::new(),
+            empty,
+        }
     }
 
     /// Two columns without heading.
@@ -104,19 +117,42 @@ impl Table {
     /// may have brought, are shown escaped.
     pub(super) fn render(&self, bold: bool) -> String {
         if self.rows.is_empty() {
-            return if self.empty.is_empty() { String::new() } else { format!("{}\n", self.empty) };
+            return if self.empty.is_empty() {
+                String::new()
+            } else {
+                format!("{}\n", self.empty)
+            };
         }
-        let clean: Vec<Vec<String>> = self.rows.iter().map(|row| row.iter().map(|cell| visible(cell)).collect()).collect();
-        let columns = clean.iter().map(Vec::len).max().unwrap_or(0).max(self.header.len());
+        let clean: Vec<Vec<String>> = self
+            .rows
+            .iter()
+            .map(|row| row.iter().map(|cell| visible(cell)).collect())
+            .collect();
+        let columns = clean
+            .iter()
+            .map(Vec::len)
+            .max()
+            .unwrap_or(0)
+            .max(self.header.len());
         let width = |column: usize| {
-            let cells = clean.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
-            cells.chain(self.header.get(column).map(|h| h.len())).max().unwrap_or(0)
+            let cells = clean
+                .iter()
+                .filter_map(|row| row.get(column))
+                .map(|cell| cell.chars().count());
+            cells
+                .chain(self.header.get(column).map(|h| h.len()))
+                .max()
+                .unwrap_or(0)
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
         let mut text = String::new();
         if !self.header.is_empty() {
             let heading = line(&self.header, &widths);
-            text.push_str(&if bold { format!("\x1b[1m{heading}\x1b[0m\n") } else { format!("{heading}\n") });
+            text.push_str(&if bold {
+                format!("\x1b[1m{heading}\x1b[0m\n")
+            } else {
+                format!("{heading}\n")
+            });
         }
         for row in &clean {
             let cells: Vec<&str> = row.iter().map(String::as_str).collect();
@@ -128,12 +164,24 @@ impl Table {
 }
 
 fn line(cells: &[&str], widths: &[usize]) -> String {
-    let padded: Vec<String> = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+    let padded: Vec<String> = cells
+        .iter()
+        .zip(widths)
+        .map(|(cell, width)| format!("{cell:width$}"))
+        .collect();
     padded.join("  ").trim_end().to_owned()
 }
 
 fn visible(cell: &str) -> String {
-    cell.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
+    cell.chars()
+        .map(|c| {
+            if c.is_control() {
+                c.escape_default().to_string()
+            } else {
+                c.to_string()
+            }
+        })
+        .collect()
 }
 
 /// The value, or `-`.
@@ -159,7 +207,11 @@ pub(super) fn age(seconds: u64) -> String {
             break;
         }
     }
-    if parts.is_empty() { "0s".into() } else { parts.join(" ") }
+    if parts.is_empty() {
+        "0s".into()
+    } else {
+        parts.join(" ")
+    }
 }
 
 /// Microseconds as a table shows them.
@@ -181,14 +233,23 @@ mod tests {
         assert_eq!(table.render(false), "nothing\n");
         table.row(["a\x1b[31m".into(), "1".into()]);
         table.row(["é".into(), "22".into()]);
-        assert_eq!(table.render(false), "NAME          N\na\\u{1b}[31m  1\né             22\n");
+        assert_eq!(
+            table.render(false),
+            "NAME         N\na\\u{1b}[31m  1\né            22\n"
+        );
         assert!(table.render(true).starts_with("\x1b[1mNAME"));
     }
 
     #[test]
     fn figures_for_people() {
-        assert_eq!([0, 59, 60, 3661, 90_061].map(age), ["0s", "59s", "1m", "1h 1m", "1d 1h"]);
-        assert_eq!([0, 999, 32_000, 2_500_000].map(micros), ["0 us", "999 us", "32.0 ms", "2.50 s"]);
+        assert_eq!(
+            [0, 59, 60, 3661, 90_061].map(age),
+            ["0s", "59s", "1m", "1h 1m", "1d 1h"]
+        );
+        assert_eq!(
+            [0, 999, 32_000, 2_500_000].map(micros),
+            ["0 us", "999 us", "32.0 ms", "2.50 s"]
+        );
         assert_eq!(when(1_500_000_000), "1970-01-01T00:00:01Z");
         assert_eq!(when(-1), "1969-12-31T23:59:59Z");
     }

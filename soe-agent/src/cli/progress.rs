@@ -34,7 +34,11 @@ impl Progress {
             bar.set_message(what);
             bar
         });
-        Self { what, bar, last_line: None }
+        Self {
+            what,
+            bar,
+            last_line: None,
+        }
     }
 
     /// Shows that `done` of `total` bytes are done.
@@ -47,7 +51,13 @@ impl Progress {
         if self.last_line.is_none_or(|at| at.elapsed() >= PLAIN_EVERY) {
             self.last_line = Some(Instant::now());
             // Progress that nobody reads is no reason to stop.
-            let _ = writeln!(io::stderr(), "{}: {} of {}", self.what, human_size(done), human_size(total));
+            let _ = writeln!(
+                io::stderr(),
+                "{}: {} of {}",
+                self.what,
+                human_size(done),
+                human_size(total)
+            );
         }
     }
 

@@ -21,7 +21,12 @@ pub(super) struct Args {
     #[arg(long, value_name = "V")]
     volume: String,
     /// The layer to restore: an id, or latest
-    #[arg(long, value_name = "ID|latest", default_value = "latest", conflicts_with = "at")]
+    #[arg(
+        long,
+        value_name = "ID|latest",
+        default_value = "latest",
+        conflicts_with = "at"
+    )]
     layer: String,
     /// The newest layer cut at or before this time, such as 2026-03-01T12:00:00Z
     #[arg(long, value_name = "TIME", value_parser = args::time)]
@@ -49,7 +54,10 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
     };
     let target = request.target.display().to_string();
     let last = client.call(async |mut stub| {
-        let mut steps = stub.restore(pb::RestoreRequest::from(request)).await?.into_inner();
+        let mut steps = stub
+            .restore(pb::RestoreRequest::from(request))
+            .await?
+            .into_inner();
         let mut bar = Progress::new("restoring");
         let mut last: Option<RestoreProgress> = None;
         while let Some(step) = next(&mut steps).await? {
@@ -67,7 +75,10 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
     })?;
     out.show(&done, |p| {
         let mut table = Table::pairs();
-        table.pair("restored", format!("{} to {target}", human_size(p.bytes_total)));
+        table.pair(
+            "restored",
+            format!("{} to {target}", human_size(p.bytes_total)),
+        );
         table.pair("  from the store", human_size(p.bytes_written));
         table.pair("  from staging", human_size(p.bytes_from_staging));
         table.pair("  already there", human_size(p.bytes_equal));

@@ -30,7 +30,9 @@ pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
     out.show(&summary, |summary| {
         let mut table = Table::pairs();
         if let Some(fields) = summary.as_object() {
-            fields.iter().for_each(|(name, value)| table.pair(name, value));
+            fields
+                .iter()
+                .for_each(|(name, value)| table.pair(name, value));
         }
         table.pair("written to", args.out.display());
         table

@@ -43,20 +43,37 @@ impl Seen {
                 return;
             }
             WatchEvent::Layer(l) => {
-                format!("{}: {} layer {} by {}, pause {}", l.volume, l.kind, l.sequence, l.method, micros(l.pause_us))
+                format!(
+                    "{}: {} layer {} by {}, pause {}",
+                    l.volume,
+                    l.kind,
+                    l.sequence,
+                    l.method,
+                    micros(l.pause_us)
+                )
             }
-            WatchEvent::Decision { volume, decision } => format!("{volume}: {}: {}", decision.action, decision.reason),
+            WatchEvent::Decision { volume, decision } => {
+                format!("{volume}: {}: {}", decision.action, decision.reason)
+            }
             WatchEvent::Staging(r) => format!(
                 "{}: {} staged, {} valid",
                 r.volume,
                 human_size(r.status.staged_bytes),
                 human_size(r.status.valid_bytes)
             ),
-            WatchEvent::Published { published } => format!("event {} from {}", published.kind, published.source),
-            WatchEvent::Tracking { volume, tracking, reason } => {
+            WatchEvent::Published { published } => {
+                format!("event {} from {}", published.kind, published.source)
+            }
+            WatchEvent::Tracking {
+                volume,
+                tracking,
+                reason,
+            } => {
                 format!("{volume}: tracking is {tracking} {}", or_dash(reason))
             }
-            WatchEvent::Missed { items } => format!("{items} items were left out: this view is too slow"),
+            WatchEvent::Missed { items } => {
+                format!("{items} items were left out: this view is too slow")
+            }
         };
         self.news.push_front(format!("{} {news}", when(item.at)));
         self.news.truncate(NEWS);
@@ -95,7 +112,12 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
     })
 }
 
-fn view(groups: &[GroupStatus], seen: &Seen, terminal: bool, out: &mut Output) -> Result<(), CliError> {
+fn view(
+    groups: &[GroupStatus],
+    seen: &Seen,
+    terminal: bool,
+    out: &mut Output,
+) -> Result<(), CliError> {
     if out.is_json() {
         let load: Vec<&LoadSample> = seen.load.values().collect();
         return out.json(&json!({"groups": groups, "load": load}));
@@ -113,22 +135,27 @@ fn view(groups: &[GroupStatus], seen: &Seen, terminal: bool, out: &mut Output) -
 
 fn table(groups: &[GroupStatus], seen: &Seen) -> Table {
     let header = [
-        "GROUP", "VOLUME", "READ", "WRITE", "OPS", "P99", "BURST AT", "BURST", "PENDING", "LAYERS", "PAUSE", "AGE",
-        "STAGED", "HITS",
+        "GROUP", "VOLUME", "READ", "WRITE", "OPS", "P99", "BURST AT", "BURST", "PENDING", "LAYERS",
+        "PAUSE", "AGE", "STAGED", "HITS",
     ];
     let mut table = Table::new(&header, "no groups");
     for group in groups {
         for v in &group.volumes {
             let load = seen.load.get(&v.volume);
             let rate = |bytes: u64, interval_ms: u64| {
-                format!("{}/s", human_size(bytes.saturating_mul(1000) / interval_ms.max(1)))
+                format!(
+                    "{}/s",
+                    human_size(bytes.saturating_mul(1000) / interval_ms.max(1))
+                )
             };
             table.row([
                 group.group.clone(),
                 v.volume.clone(),
                 or_dash(load.map(|l| rate(l.read_bytes, l.interval_ms))),
                 or_dash(load.map(|l| rate(l.write_bytes, l.interval_ms))),
-                or_dash(load.map(|l| (l.read_ops + l.write_ops).saturating_mul(1000) / l.interval_ms.max(1))),
+                or_dash(load.map(|l| {
+                    (l.read_ops + l.write_ops).saturating_mul(1000) / l.interval_ms.max(1)
+                })),
                 or_dash(load.and_then(|l| l.p99_latency_us).map(micros)),
                 or_dash(v.predicted.next_burst_at.map(when)),
                 or_dash(v.predicted.burst_probability.map(|b| format!("{b:.2}"))),

@@ -76,25 +76,48 @@ pub(super) fn run(
 ) -> Result<(), CliError> {
     match args.verb {
         Verb::Record { volume, duration } => record(&volume, duration, &client()?, out),
-        Verb::Import { format, files, volume, out: dir } => import(&format, &files, volume.as_deref(), &dir, out),
-        Verb::Export { history, volume, from, to, out: file } => {
+        Verb::Import {
+            format,
+            files,
+            volume,
+            out: dir,
+        } => import(&format, &files, volume.as_deref(), &dir, out),
+        Verb::Export {
+            history,
+            volume,
+            from,
+            to,
+            out: file,
+        } => {
             let selection = offline::Selection { volume, from, to };
             export(&history, &selection, file, out)
         }
     }
 }
 
-fn record(volume: &str, duration: Duration, client: &Client, mut out: Output) -> Result<(), CliError> {
+fn record(
+    volume: &str,
+    duration: Duration,
+    client: &Client,
+    mut out: Output,
+) -> Result<(), CliError> {
     let duration_ms = u64::try_from(duration.as_millis())
         .ok()
         .filter(|_| duration.subsec_nanos().is_multiple_of(1_000_000))
         .ok_or_else(|| CliError::Usage("--for is not a whole number of milliseconds".into()))?;
-    let request = pb::TraceRecordRequest { volume: args::volume(volume)?, duration_ms };
-    let report: TraceReport = client.call(async |mut stub| plain(stub.trace_record(request).await?))?;
+    let request = pb::TraceRecordRequest {
+        volume: args::volume(volume)?,
+        duration_ms,
+    };
+    let report: TraceReport =
+        client.call(async |mut stub| plain(stub.trace_record(request).await?))?;
     out.show(&report, |r| {
         let mut table = Table::pairs();
         table.pair("volume", &r.volume);
-        table.pair("recorded", format!("{} to {}", when(r.window.start), when(r.window.end)));
+        table.pair(
+            "recorded",
+            format!("{} to {}", when(r.window.start), when(r.window.end)),
+        );
         table.pair("records", r.records);
         table.pair("dropped", r.dropped);
         table.pair("sampled out", r.sampled_out);
@@ -103,7 +126,13 @@ fn record(volume: &str, duration: Duration, client: &Client, mut out: Output) ->
     })
 }
 
-fn import(format: &str, files: &[PathBuf], volume: Option<&str>, dir: &PathBuf, mut out: Output) -> Result<(), CliError> {
+fn import(
+    format: &str,
+    files: &[PathBuf],
+    volume: Option<&str>,
+    dir: &PathBuf,
+    mut out: Output,
+) -> Result<(), CliError> {
     let report = offline::import(format, files, volume, dir)?;
     if out.is_json() {
         return out.json(&json!({
@@ -113,7 +142,10 @@ fn import(format: &str, files: &[PathBuf], volume: Option<&str>, dir: &PathBuf, 
     let mut table = Table::pairs();
     table.pair("lines", report.lines);
     table.pair("volumes", report.volumes.join(" "));
-    report.rows.iter().for_each(|(name, rows)| table.pair(&format!("rows of {name}"), rows));
+    report
+        .rows
+        .iter()
+        .for_each(|(name, rows)| table.pair(&format!("rows of {name}"), rows));
     out.text(&table.render(false))?;
     out.finish()
 }

@@ -15,13 +15,27 @@ pub(super) struct Args {}
 
 pub(super) fn run(_: Args, client: &Client, mut out: Output) -> Result<(), CliError> {
     let volumes: Vec<VolumeInfo> = client.call(async |mut stub| {
-        plain_all(stub.list_volumes(pb::ListVolumesRequest {}).await?.into_inner().volumes)
+        plain_all(
+            stub.list_volumes(pb::ListVolumesRequest {})
+                .await?
+                .into_inner()
+                .volumes,
+        )
     })?;
     if out.is_json() {
         return out.json(&json!({"volumes": volumes}));
     }
     out.show(&volumes, |volumes| {
-        let header = ["VOLUME", "KIND", "SIZE", "TRACKED", "GROUP", "MADE OF", "MOUNTED ON", "IDENTITY"];
+        let header = [
+            "VOLUME",
+            "KIND",
+            "SIZE",
+            "TRACKED",
+            "GROUP",
+            "MADE OF",
+            "MOUNTED ON",
+            "IDENTITY",
+        ];
         let mut table = Table::new(&header, "no volumes");
         for v in volumes {
             let tracked = match (&v.tracking, &v.untrackable) {

@@ -45,13 +45,20 @@ impl ConfigError {
             Some(key) if !message.contains("unknown field") => format!("{key}: {message}"),
             _ => message,
         };
-        Self::Line { path: path.to_owned(), line, message }
+        Self::Line {
+            path: path.to_owned(),
+            line,
+            message,
+        }
     }
 
     /// An error at `table.key`, or at the table, or at line 1 when the file has neither.
     pub(super) fn at_key(text: &str, path: &Path, table: &str, key: &str, message: String) -> Self {
         let offset = DeTable::parse(text).ok().and_then(|document| {
-            let (name, value) = document.get_ref().iter().find(|(name, _)| name.get_ref() == table)?;
+            let (name, value) = document
+                .get_ref()
+                .iter()
+                .find(|(name, _)| name.get_ref() == table)?;
             let inner = value
                 .get_ref()
                 .as_table()
@@ -71,10 +78,17 @@ impl ConfigError {
 fn key_around(text: &str, span: &Range<usize>) -> Option<String> {
     fn search(table: &DeTable<'_>, span: &Range<usize>, prefix: &str) -> Option<String> {
         table.iter().find_map(|(name, value)| {
-            let key = if prefix.is_empty() { name.get_ref().to_string() } else { format!("{prefix}.{}", name.get_ref()) };
+            let key = if prefix.is_empty() {
+                name.get_ref().to_string()
+            } else {
+                format!("{prefix}.{}", name.get_ref())
+            };
             let tables: Vec<&DeTable<'_>> = match value.get_ref() {
                 toml::de::DeValue::Table(table) => vec![table],
-                toml::de::DeValue::Array(items) => items.iter().filter_map(|i| i.get_ref().as_table()).collect(),
+                toml::de::DeValue::Array(items) => items
+                    .iter()
+                    .filter_map(|i| i.get_ref().as_table())
+                    .collect(),
                 _ => Vec::new(),
             };
             let inner = tables.into_iter().find_map(|t| search(t, span, &key));

@@ -11,6 +11,7 @@
 //! effect at once ([`reload::LIVE`]) and which wait for a restart; the daemon logs both.
 
 mod error;
+mod readers;
 mod reload;
 mod schema;
 pub mod units;
@@ -20,8 +21,8 @@ use std::path::{Path, PathBuf};
 pub use error::ConfigError;
 pub use reload::Reload;
 pub use schema::{
-    Agent, Api, Bandwidth, Compression, EventSource, History, HostApp, Limits, Listen, Model, Plan, Source, Staging,
-    Store, Tracking,
+    Agent, Api, Bandwidth, Compression, EventSource, History, HostApp, Limits, Listen, Model, Plan,
+    Source, Staging, Store, Tracking,
 };
 use serde::{Deserialize, Serialize};
 
@@ -77,7 +78,11 @@ pub struct Events {
 
 impl Default for Events {
     fn default() -> Self {
-        Self { source: vec![EventSource { kind: Source::Cloudevents }] }
+        Self {
+            source: vec![EventSource {
+                kind: Source::Cloudevents,
+            }],
+        }
     }
 }
 
@@ -90,8 +95,15 @@ impl Config {
         };
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
-            Err(e) if optional && e.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => return Err(ConfigError::Read { path: path.to_owned(), source }),
+            Err(e) if optional && e.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self::default());
+            }
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
         };
         let mut config = Self::parse(&text, path)?;
         config.path = Some(path.to_owned());
@@ -100,14 +112,17 @@ impl Config {
 
     /// Reads the text of a file; `path` is only for messages.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|e| ConfigError::from_toml(&e, text, path))?;
+        let config: Self =
+            toml::from_str(text).map_err(|e| ConfigError::from_toml(&e, text, path))?;
         config.check(text, path)?;
         Ok(config)
     }
 
     /// What single values cannot tell. The line named is that of the key at fault.
     fn check(&self, text: &str, path: &Path) -> Result<(), ConfigError> {
-        let at = |table: &str, key: &str, message: String| ConfigError::at_key(text, path, table, key, message);
+        let at = |table: &str, key: &str, message: String| {
+            ConfigError::at_key(text, path, table, key, message)
+        };
         if self.history.region_interval < self.history.interval {
             return Err(at(
                 "history",
@@ -138,7 +153,9 @@ impl Config {
     pub fn season_bins(&self) -> Result<usize, String> {
         let (season, bin) = (self.model.season.as_nanos(), self.model.bin.as_nanos());
         let bins = season.checked_div(bin).filter(|bins| bins * bin == season);
-        let bins = bins.and_then(|bins| usize::try_from(bins).ok()).filter(|bins| (8..=100_000).contains(bins));
+        let bins = bins
+            .and_then(|bins| usize::try_from(bins).ok())
+            .filter(|bins| (8..=100_000).contains(bins));
         bins.ok_or_else(|| {
             format!(
                 "{} is not 8 to 100000 whole bins of model.bin ({})",
@@ -152,19 +169,32 @@ impl Config {
     pub fn state_dir(&self) -> PathBuf {
         let given = || {
             let dirs = std::env::var("STATE_DIRECTORY").ok()?;
-            dirs.split(':').next().filter(|d| d.starts_with('/')).map(PathBuf::from)
+            dirs.split(':')
+                .next()
+                .filter(|d| d.starts_with('/'))
+                .map(PathBuf::from)
         };
-        self.agent.state_dir.clone().or_else(given).unwrap_or_else(|| PathBuf::from("/var/lib/soe"))
+        self.agent
+            .state_dir
+            .clone()
+            .or_else(given)
+            .unwrap_or_else(|| PathBuf::from("/var/lib/soe"))
     }
 
     /// `[history] dir`, else `history` below the state directory.
     pub fn history_dir(&self) -> PathBuf {
-        self.history.dir.clone().unwrap_or_else(|| self.state_dir().join("history"))
+        self.history
+            .dir
+            .clone()
+            .unwrap_or_else(|| self.state_dir().join("history"))
     }
 
     /// `[store] dir`, else `store` below the state directory.
     pub fn store_dir(&self) -> PathBuf {
-        self.store.dir.clone().unwrap_or_else(|| self.state_dir().join("store"))
+        self.store
+            .dir
+            .clone()
+            .unwrap_or_else(|| self.state_dir().join("store"))
     }
 
     /// The file that holds one line for every call that changed something.
@@ -175,13 +205,19 @@ impl Config {
     /// The host's name: `[agent] host`, else the kernel's.
     pub fn host_name(&self) -> String {
         self.agent.host.clone().unwrap_or_else(|| {
-            rustix::system::uname().nodename().to_string_lossy().into_owned()
+            rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned()
         })
     }
 
     /// Whether `POST /events` is open.
     pub fn accepts_cloudevents(&self) -> bool {
-        self.event.source.iter().any(|s| s.kind == Source::Cloudevents)
+        self.event
+            .source
+            .iter()
+            .any(|s| s.kind == Source::Cloudevents)
     }
 
     /// What of `new` takes effect at once, and what waits for a restart.

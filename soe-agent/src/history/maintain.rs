@@ -26,7 +26,7 @@ use super::merge::{Merge, Order};
 use super::partition::{
     Hour, Partition, QUARANTINED, TEMPORARY, WORK, all_partitions, files, others,
 };
-use super::read::group_batches;
+use super::scan::group_batches;
 use super::store::{HistoryStore, lock};
 use super::table::Table;
 use crate::seam::UnixNanos;

@@ -13,9 +13,12 @@ mod import;
 mod maintain;
 mod merge;
 mod partition;
+#[cfg(feature = "sql")]
+mod print;
 mod read;
 mod rows_acts;
 mod rows_stats;
+mod scan;
 #[cfg(feature = "sql")]
 mod sql;
 mod store;

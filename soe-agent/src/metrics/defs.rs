@@ -12,12 +12,16 @@ use super::{Definition, Kind, Stability, Unit};
 
 /// Pauses of a cut: 100 us to 10 s, fine around the default budget of 100 ms.
 fn pauses() -> Histogram {
-    Histogram::new([0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 10.0])
+    Histogram::new([
+        0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 10.0,
+    ])
 }
 
 /// Work of 1 ms to about 4 hours.
 fn works() -> Histogram {
-    Histogram::new([0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 14400.0])
+    Histogram::new([
+        0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 14400.0,
+    ])
 }
 
 macro_rules! define {
@@ -128,7 +132,8 @@ define! {
 
 impl Metrics {
     /// The content type of [`Metrics::encode`].
-    pub const CONTENT_TYPE: &'static str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    pub const CONTENT_TYPE: &'static str =
+        "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
     /// A fresh registry.
     pub fn new() -> Self {

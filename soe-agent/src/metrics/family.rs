@@ -15,7 +15,10 @@ fn labels<const N: usize>(names: [&'static str; N], values: [&str; N]) -> Labels
 
 /// The encoder writes label values as they are, but the format wants these three escaped.
 fn escaped(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+    value
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
 }
 
 /// Counters by `N` labels.
@@ -52,7 +55,9 @@ pub struct Gauges<const N: usize> {
 impl<const N: usize> Gauges<N> {
     /// Sets the gauge with these label values.
     pub fn set(&self, values: [&str; N], value: f64) {
-        self.family.get_or_create_owned(&labels(self.names, values)).set(value);
+        self.family
+            .get_or_create_owned(&labels(self.names, values))
+            .set(value);
     }
 
     /// Forgets a series.
@@ -71,7 +76,9 @@ pub struct Histograms<const N: usize> {
 impl<const N: usize> Histograms<N> {
     /// Counts one value in the histogram with these label values.
     pub fn observe(&self, values: [&str; N], value: f64) {
-        self.family.get_or_create_owned(&labels(self.names, values)).observe(value);
+        self.family
+            .get_or_create_owned(&labels(self.names, values))
+            .observe(value);
     }
 
     /// Forgets a series.

@@ -114,7 +114,11 @@ mod tests {
             std::fs::write(path, document()).unwrap();
         }
         let written = std::fs::read_to_string(path).unwrap_or_default();
-        assert_eq!(written, document(), "run `UPDATE_DOCS=1 cargo test -p soe-agent metrics::`");
+        assert_eq!(
+            written,
+            document(),
+            "run `UPDATE_DOCS=1 cargo test -p soe-agent metrics::`"
+        );
     }
 
     #[test]
@@ -123,8 +127,18 @@ mod tests {
         for d in DEFINITIONS {
             assert!(seen.insert(d.name), "{} is defined twice", d.name);
             assert!(d.name.starts_with("soe_"), "{}", d.name);
-            assert!(d.name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_'), "{}", d.name);
-            assert!(!d.name.ends_with("_total"), "{}: the suffix is added", d.name);
+            assert!(
+                d.name
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_'),
+                "{}",
+                d.name
+            );
+            assert!(
+                !d.name.ends_with("_total"),
+                "{}: the suffix is added",
+                d.name
+            );
             let suffix = match d.unit {
                 Unit::Bytes => "_bytes",
                 Unit::BytesPerSecond => "_bytes_per_second",
@@ -132,8 +146,16 @@ mod tests {
                 Unit::Ratio => "_ratio",
                 Unit::Count => "",
             };
-            assert!(d.name.ends_with(suffix), "{} does not end with {suffix}", d.name);
-            assert!(!d.meaning.contains('|') && d.meaning.ends_with('.'), "{}", d.name);
+            assert!(
+                d.name.ends_with(suffix),
+                "{} does not end with {suffix}",
+                d.name
+            );
+            assert!(
+                !d.meaning.contains('|') && d.meaning.ends_with('.'),
+                "{}",
+                d.name
+            );
         }
     }
 
@@ -142,8 +164,11 @@ mod tests {
         let metrics = Metrics::new();
         metrics.touch_all();
         let text = metrics.encode().unwrap();
-        let exposed: BTreeSet<&str> =
-            text.lines().filter_map(|l| l.strip_prefix("# TYPE ")).filter_map(|l| l.split(' ').next()).collect();
+        let exposed: BTreeSet<&str> = text
+            .lines()
+            .filter_map(|l| l.strip_prefix("# TYPE "))
+            .filter_map(|l| l.split(' ').next())
+            .collect();
         let defined: BTreeSet<&str> = DEFINITIONS.iter().map(|d| d.name).collect();
         assert_eq!(exposed, defined);
     }
@@ -151,8 +176,13 @@ mod tests {
     #[test]
     fn values_and_labels_are_exposed() {
         let metrics = Metrics::new();
-        metrics.volume_operations.with(["/dev/loop0", "read"]).inc_by(3);
-        metrics.volume_operations.set_total(["/dev/loop0", "write"], 7);
+        metrics
+            .volume_operations
+            .with(["/dev/loop0", "read"])
+            .inc_by(3);
+        metrics
+            .volume_operations
+            .set_total(["/dev/loop0", "write"], 7);
         metrics.burst_probability.set(["/dev/\"quoted\"\n"], 0.25);
         metrics.capture_pause.observe(["db", "freeze"], 0.032);
         let text = metrics.encode().unwrap();

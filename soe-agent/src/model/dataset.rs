@@ -1,8 +1,8 @@
 //! Training samples from the histories of all volumes, split by time.
 
+use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
-use rand::{Rng, SeedableRng};
 
 use super::baselines::{self, Member, pinball};
 use super::features::{INPUTS, Normal, features};
@@ -181,40 +181,6 @@ pub(super) fn network_rows(
     Some(rows)
 }
 
-/// Shuffled batches of sample numbers, for ever; the same for the same seed.
-pub(super) struct Batches {
-    order: Vec<usize>,
-    at: usize,
-    batch: usize,
-    rng: StdRng,
-}
-
-impl Batches {
-    pub(super) fn new(samples: usize, batch: usize, seed: u64) -> Self {
-        Self {
-            order: (0..samples).collect(),
-            at: samples,
-            batch: batch.min(samples).max(1),
-            rng: StdRng::seed_from_u64(seed),
-        }
-    }
-
-    pub(super) fn next(&mut self) -> &[usize] {
-        if self.at + self.batch > self.order.len() {
-            self.order.shuffle(&mut self.rng);
-            self.at = 0;
-        }
-        let from = self.at;
-        self.at += self.batch;
-        &self.order[from..self.at]
-    }
-}
-
-/// Uniform values in `[-bound, bound)`; the same for the same generator state.
-pub(super) fn uniform(rng: &mut StdRng, n: usize, bound: f32) -> Vec<f32> {
-    (0..n).map(|_| rng.random_range(-bound..bound)).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,14 +224,5 @@ mod tests {
         let split = data.split().unwrap();
         assert!(data.training_origins(split, 10, 1).is_empty());
         assert!(data.samples(&[]).is_empty());
-    }
-
-    #[test]
-    fn batches_cover_every_sample_each_epoch() {
-        let mut batches = Batches::new(10, 5, 3);
-        let mut seen: Vec<usize> = batches.next().to_vec();
-        seen.extend_from_slice(batches.next());
-        seen.sort_unstable();
-        assert_eq!(seen, (0..10).collect::<Vec<_>>());
     }
 }

@@ -12,11 +12,12 @@ use burn::nn::Linear;
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Tensor, TensorData};
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
 use rustix::time::{ClockId, clock_gettime};
 
-use super::dataset::{Batches, Dataset, Samples, uniform};
+use super::dataset::{Dataset, Samples};
 use super::features::{FEATURE_VERSION, INPUTS};
 use super::weights::{ModelError, OUTPUTS, Predictor, Shape, Trained, TrainedInfo};
 use super::{QUANTILES, SHORT_HORIZON};
@@ -106,7 +107,7 @@ impl Net {
 
 fn floats(data: TensorData) -> Vec<f32> {
     // The network is made of f32 throughout, so the conversion has nothing to refuse.
-    data.to_vec::<f32>().unwrap_or_default()
+    data.try_to_vec::<f32>().unwrap_or_default()
 }
 
 /// A trained network, ready to forecast.
@@ -317,6 +318,40 @@ impl<'a> Run<'a> {
     }
 }
 
+/// Shuffled batches of sample numbers, for ever; the same for the same seed.
+struct Batches {
+    order: Vec<usize>,
+    at: usize,
+    batch: usize,
+    rng: StdRng,
+}
+
+impl Batches {
+    fn new(samples: usize, batch: usize, seed: u64) -> Self {
+        Self {
+            order: (0..samples).collect(),
+            at: samples,
+            batch: batch.min(samples).max(1),
+            rng: StdRng::seed_from_u64(seed),
+        }
+    }
+
+    fn next(&mut self) -> &[usize] {
+        if self.at + self.batch > self.order.len() {
+            self.order.shuffle(&mut self.rng);
+            self.at = 0;
+        }
+        let from = self.at;
+        self.at += self.batch;
+        &self.order[from..self.at]
+    }
+}
+
+/// Uniform values in `[-bound, bound)`; the same for the same generator state.
+fn uniform(rng: &mut StdRng, n: usize, bound: f32) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(-bound..bound)).collect()
+}
+
 fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(
@@ -479,5 +514,14 @@ mod tests {
             Network::new(&trained).unwrap().predict(&x),
             Network::new(&loaded).unwrap().predict(&x)
         );
+    }
+
+    #[test]
+    fn batches_cover_every_sample_each_epoch() {
+        let mut batches = Batches::new(10, 5, 3);
+        let mut seen: Vec<usize> = batches.next().to_vec();
+        seen.extend_from_slice(batches.next());
+        seen.sort_unstable();
+        assert_eq!(seen, (0..10).collect::<Vec<_>>());
     }
 }

@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_rhythm_that_is_not_the_season_is_found() {
-        // Bursts every 37 bins; the season is 60, so only the intervals can tell.
+        // Bursts every 37 bins up to bin 37 * 20; the season is 60, so only the intervals can tell.
         let (mut mixture, series) = run(37 * 20, 60, |i| {
             if i % 37 < 3 {
                 1e7
@@ -230,8 +230,7 @@ mod tests {
         });
         let p = mixture.predict(series.known(), 37);
         let best = (0..37).max_by(|a, b| p[*a].total_cmp(&p[*b])).unwrap();
-        let truth = (37 - (37 * 20) % 37) % 37;
-        assert!((best as i64 - truth as i64).abs() <= 1, "{best} {truth}");
+        assert!(best <= 1, "the next burst is due at once, not in {best} bins");
         let around: f32 = p[best.saturating_sub(3)..(best + 4).min(37)].iter().sum();
         assert!(around > 0.5, "{around} {p:?}");
     }

@@ -4,6 +4,7 @@
 //! disk's maps, `volumes` finds out what a name stands for.
 
 pub mod bpf;
+pub mod cgroups;
 pub mod disk;
 pub mod ring;
 pub mod syscalls;

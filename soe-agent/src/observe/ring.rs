@@ -26,7 +26,16 @@ unsafe impl Send for RingReader {}
 
 fn map(fd: BorrowedFd<'_>, len: usize, protection: i32, offset: i64) -> io::Result<NonNull<u8>> {
     // SAFETY: a new shared mapping at an address of the kernel's choice.
-    let at = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, fd.as_raw_fd(), offset) };
+    let at = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            protection,
+            libc::MAP_SHARED,
+            fd.as_raw_fd(),
+            offset,
+        )
+    };
     if at == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -46,13 +55,20 @@ impl RingReader {
                 return Err(error);
             }
         };
-        Ok(Self { consumer, producer, size })
+        Ok(Self {
+            consumer,
+            producer,
+            size,
+        })
     }
 
     fn positions(&self) -> (&AtomicU64, &AtomicU64) {
         // SAFETY: both pages begin with a position that is aligned and lives as long as the mapping.
         unsafe {
-            (AtomicU64::from_ptr(self.consumer.as_ptr().cast()), AtomicU64::from_ptr(self.producer.as_ptr().cast()))
+            (
+                AtomicU64::from_ptr(self.consumer.as_ptr().cast()),
+                AtomicU64::from_ptr(self.producer.as_ptr().cast()),
+            )
         }
     }
 
@@ -64,7 +80,8 @@ impl RingReader {
         while at < produced.load(Ordering::Acquire) {
             let offset = PAGE + (at as usize & (self.size - 1));
             // SAFETY: within the mapping, which holds the data twice; headers are 8-byte aligned.
-            let header = unsafe { AtomicU32::from_ptr(self.producer.as_ptr().add(offset).cast()) }.load(Ordering::Acquire);
+            let header = unsafe { AtomicU32::from_ptr(self.producer.as_ptr().add(offset).cast()) }
+                .load(Ordering::Acquire);
             if header & BUSY != 0 {
                 break;
             }
@@ -72,7 +89,11 @@ impl RingReader {
             if header & DISCARDED == 0 && len as usize == size_of::<IoEvent>() {
                 // SAFETY: the record is finished, of this size, and within the double mapping.
                 take(unsafe {
-                    self.producer.as_ptr().add(offset + HEADER as usize).cast::<IoEvent>().read_unaligned()
+                    self.producer
+                        .as_ptr()
+                        .add(offset + HEADER as usize)
+                        .cast::<IoEvent>()
+                        .read_unaligned()
                 });
                 records += 1;
             }

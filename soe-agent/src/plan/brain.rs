@@ -75,6 +75,7 @@ pub struct Brain {
     volumes: BTreeMap<VolumeName, Volume>,
     captures: BTreeMap<GroupName, Capture>,
     training: Training,
+    last_now: UnixNanos,
 }
 
 impl Brain {
@@ -86,12 +87,17 @@ impl Brain {
             volumes: BTreeMap::new(),
             captures: BTreeMap::new(),
             training: Training::default(),
+            last_now: UnixNanos::MIN,
         }
     }
 
     /// Takes what happened, handled at `now`, and answers with what to do.
     pub fn apply(&mut self, event: Event, now: UnixNanos) -> Vec<Command> {
         let mut out = Vec::new();
+        if now < self.last_now {
+            self.clock_went_back(now);
+        }
+        self.last_now = now;
         match event {
             Event::Tick => {
                 self.plan_captures(now, &mut out);
@@ -231,6 +237,28 @@ impl Brain {
         }
         self.cancel_staging_in_burst(&volume, now, out);
         out.push(Command::Forecast { volume, horizon });
+    }
+
+    /// Whatever seems to lie in the future now would silence the planner until then.
+    fn clock_went_back(&mut self, now: UnixNanos) {
+        for group in self.groups.values_mut() {
+            group.created_at = group.created_at.min(now);
+            group.last_capture = group.last_capture.map(|at| at.min(now));
+            group.last_baseline = group.last_baseline.map(|at| at.min(now));
+            group.not_before = None;
+            group.waiting = None;
+        }
+        for volume in self.volumes.values_mut() {
+            volume.observed = volume.observed.filter(|(at, _)| *at <= now);
+            volume.forecast = volume.forecast.take().filter(|f| f.issued_at <= now);
+            volume.staging.staged_for = None;
+            volume.staging.not_before = None;
+        }
+        for capture in self.captures.values_mut() {
+            capture.since = capture.since.min(now);
+        }
+        self.training.last = self.training.last.map(|at| at.min(now));
+        self.training.first_bin = self.training.first_bin.map(|at| at.min(now));
     }
 
     /// Bins ahead that decisions need: to the longest RPO, at most a season and a little.

@@ -10,12 +10,12 @@ use soe_common::record::DiskStats;
 use tokio::sync::{broadcast, oneshot};
 
 use super::ServiceError;
-use super::state::{Group, State, boot_id};
+use super::state::{Group, State, StateLock, boot_id};
 use crate::api::engine::EngineError;
 use crate::api::types::{Decision, LayerInfo, WatchEvent, WatchItem};
 use crate::capture::guard::marker;
-use crate::capture::mounts::ProtectedPath;
-use crate::capture::{FreezeGuard, PathSettling};
+use crate::capture::mounts::{Mounts, ProtectedPath};
+use crate::capture::{FreezeError, FreezeGuard, PathSettling};
 use crate::config::{Bandwidth, Compression, Config};
 use crate::history::{HistoryStore, Retention, StoreConfig};
 use crate::io::{PacedBy, SystemClock};
@@ -35,6 +35,8 @@ use crate::window::{Name, VolumeWindow};
 
 /// How long after the last failed write a path is trusted again: longer than drivers retry.
 const PATH_SETTLES_AFTER: Duration = Duration::from_secs(60);
+/// Where no limit is configured: what the latency guard takes for full speed.
+const FASTEST: u64 = 2 << 30;
 /// Items a slow watcher may be behind.
 const WATCH_BACKLOG: usize = 1024;
 
@@ -76,6 +78,7 @@ type Waiter = oneshot::Sender<Result<Vec<LayerInfo>, EngineError>>;
 
 /// The running agent.
 pub struct Agent {
+    _state_lock: StateLock,
     pub(super) config: Config,
     pub(super) scale: TimeScale,
     pub(super) clock: Arc<SystemClock>,
@@ -110,9 +113,14 @@ impl Agent {
     /// anything that takes long.
     pub fn open(config: Config, metrics: Arc<Metrics>) -> Result<Self, ServiceError> {
         let state_dir = config.state_dir();
+        // Before the thaw: what another agent froze a moment ago is not ours to thaw.
+        let state_lock = StateLock::take(&state_dir)?;
         let marker = PathBuf::from("/dev/shm").join(format!(
             "soe-frozen-{}",
-            blake3::hash(state_dir.as_os_str().as_encoded_bytes()).to_hex().get(..12).unwrap_or("0")
+            blake3::hash(state_dir.as_os_str().as_encoded_bytes())
+                .to_hex()
+                .get(..12)
+                .unwrap_or("0")
         ));
         match marker::thaw_left_frozen(&marker) {
             Ok(thawed) => {
@@ -120,11 +128,17 @@ impl Agent {
                     tracing::error!(mount = %mount.display(), "thawed: a former agent and its guard were killed while it was frozen");
                 }
             }
-            Err(error) => tracing::warn!(%error, "cannot tell whether a former agent left anything frozen"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell whether a former agent left anything frozen")
+            }
         }
         let state = State::load(&state_dir.join("state.json"))?;
-        let bins = config.season_bins().map_err(|reason| ServiceError::Model { reason })?;
-        let scale = TimeScale::new(config.model.bin, bins).map_err(|e| ServiceError::Model { reason: e.to_string() })?;
+        let bins = config
+            .season_bins()
+            .map_err(|reason| ServiceError::Model { reason })?;
+        let scale = TimeScale::new(config.model.bin, bins).map_err(|e| ServiceError::Model {
+            reason: e.to_string(),
+        })?;
         let tracker = Tracker::open(TrackerOptions {
             pin_root: pin_root(),
             max_stamp_bytes: config.tracking.memory,
@@ -139,9 +153,17 @@ impl Agent {
                 return Err(ServiceError::Compression { level });
             }
         };
-        let fs = DirFs::create(&config.store_dir())
-            .map_err(|source| ServiceError::Folder { path: config.store_dir(), source })?;
-        let store = LayerStore::open(Arc::new(fs), StoreOptions { compression, ..StoreOptions::default() })?;
+        let fs = DirFs::create(&config.store_dir()).map_err(|source| ServiceError::Folder {
+            path: config.store_dir(),
+            source,
+        })?;
+        let store = LayerStore::open(
+            Arc::new(fs),
+            StoreOptions {
+                compression,
+                ..StoreOptions::default()
+            },
+        )?;
         let history = HistoryStore::open(StoreConfig {
             retention: Retention {
                 max_age: Some(config.history.retention),
@@ -160,7 +182,9 @@ impl Agent {
         if weights.exists() {
             match Trained::load(&weights).and_then(|trained| mixture.restore(&trained)) {
                 Ok(()) => tracing::info!("the network that served before serves again"),
-                Err(error) => tracing::warn!(%error, "the trained network is not used; the baselines forecast until the next training"),
+                Err(error) => {
+                    tracing::warn!(%error, "the trained network is not used; the baselines forecast until the next training")
+                }
             }
         }
         let mut planner = PlannerConfig::new(scale);
@@ -175,6 +199,7 @@ impl Agent {
         planner.staging.budget_bytes = config.staging.budget;
         let (watch, _) = broadcast::channel(WATCH_BACKLOG);
         let agent = Self {
+            _state_lock: state_lock,
             scale,
             clock: Arc::new(SystemClock),
             tracker,
@@ -183,7 +208,10 @@ impl Agent {
             guard: Mutex::new(Some(Arc::new(guard))),
             area,
             metrics,
-            mind: Mutex::new(Mind { brain: Brain::new(planner), mixture }),
+            mind: Mutex::new(Mind {
+                brain: Brain::new(planner),
+                mixture,
+            }),
             state: Mutex::new(state),
             entries: Mutex::default(),
             waiters: Mutex::default(),
@@ -224,6 +252,27 @@ impl Agent {
         }
     }
 
+    /// Begins tracking a volume that a user puts into a group, unless a capture of it would freeze
+    /// what the agent itself writes to.
+    pub(super) fn adopt_new_volume(&self, name: &str) -> Result<Arc<Entry>, ServiceError> {
+        let volume = volumes::resolve(std::path::Path::new(name))?;
+        self.refuse_own_filesystem(&volume)?;
+        self.adopt_volume(name)
+    }
+
+    /// Fails when something of the agent's own lies on a filesystem of `volume`.
+    fn refuse_own_filesystem(&self, volume: &Volume) -> Result<(), ServiceError> {
+        let device = (
+            rustix::fs::major(volume.rdev),
+            rustix::fs::minor(volume.rdev),
+        );
+        match Mounts::default().superblocks(&[device], &self.protected()) {
+            Err(error @ FreezeError::Protected { .. }) => Err(error.into()),
+            // Whatever else hinders a freeze is told by the capture that needs one.
+            _ => Ok(()),
+        }
+    }
+
     /// Begins (or goes on) tracking a volume.
     pub(super) fn adopt_volume(&self, name: &str) -> Result<Arc<Entry>, ServiceError> {
         if let Some(entry) = lock(&self.entries).get(name) {
@@ -232,10 +281,7 @@ impl Agent {
         let volume = volumes::resolve(std::path::Path::new(name))?;
         let (track, began) = self.tracker.track(&volume.disk)?;
         let map = SliceMap::new(track.clone(), name, volume.start, volume.end)?;
-        let rate = match self.config.limits.capture_bandwidth {
-            Bandwidth::Auto => u64::MAX,
-            Bandwidth::BytesPerSecond(rate) => rate,
-        };
+        let rate = self.ceiling();
         // Why a generation began while nobody looked, if one did: the newest layer knows the old one.
         let reason = match began {
             Some(GenerationEnd::Resize) => GenerationEnd::Resize,
@@ -244,13 +290,20 @@ impl Agent {
             Some(_) => GenerationEnd::GapMiss,
             None => GenerationEnd::First,
         };
+        // The first window begins now; what the kernel counted while no agent ran belongs to none.
+        let last = track.stats().ok().map(|stats| (self.clock.now(), stats));
         let region = soe_common::SECTOR_SIZE << track.geometry().region_shift;
         let entry = Arc::new(Entry {
             name: name.to_string(),
             pace: Arc::new(PacedBy::new(SystemClock, rate)),
             reason: Mutex::new(reason),
             settling: Mutex::new(PathSettling::new(PATH_SETTLES_AFTER, 0)),
-            sampling: Mutex::new(Sampling { last: None, bin: None, heat: BTreeMap::new(), window: None }),
+            sampling: Mutex::new(Sampling {
+                last,
+                bin: None,
+                heat: BTreeMap::new(),
+                window: None,
+            }),
             heat: Mutex::new(HeatMap::new(ScoreConfig {
                 unit_bytes: u32::try_from(region).unwrap_or(1 << 20),
                 half_life: self.scale.season(),
@@ -266,6 +319,14 @@ impl Agent {
         Ok(entry)
     }
 
+    /// Bytes a second that background reads of one volume may take at most.
+    pub(super) fn ceiling(&self) -> u64 {
+        match self.config.limits.capture_bandwidth {
+            Bandwidth::Auto => FASTEST,
+            Bandwidth::BytesPerSecond(rate) => rate,
+        }
+    }
+
     /// Tells the brain of a group, with what its layers say of the time before.
     pub(super) fn tell_brain_of(&self, group: &Group) {
         let manifests = self.store.manifests(&group.name).unwrap_or_default();
@@ -273,9 +334,17 @@ impl Agent {
         let last_baseline = manifests
             .iter()
             .rev()
-            .find(|m| m.volumes.iter().all(|v| v.kind == crate::layer::LayerKind::Baseline))
+            .find(|m| {
+                m.volumes
+                    .iter()
+                    .all(|v| v.kind == crate::layer::LayerKind::Baseline)
+            })
             .map(|m| m.cut_at);
-        let event = crate::plan::Event::GroupCreated { spec: self.plan_spec(group), last_capture, last_baseline };
+        let event = crate::plan::Event::GroupCreated {
+            spec: self.plan_spec(group),
+            last_capture,
+            last_baseline,
+        };
         // Nothing is decided here; the next tick does.
         let _ = lock(&self.mind).brain.apply(event, self.clock.now());
     }
@@ -300,11 +369,15 @@ impl Agent {
     }
 
     pub(super) fn rpo(&self, group: &Group) -> Duration {
-        group.rpo_s.map_or(self.config.plan.rpo, Duration::from_secs)
+        group
+            .rpo_s
+            .map_or(self.config.plan.rpo, Duration::from_secs)
     }
 
     pub(super) fn max_pause(&self, group: &Group) -> Duration {
-        group.max_pause_us.map_or(self.config.plan.max_pause, Duration::from_micros)
+        group
+            .max_pause_us
+            .map_or(self.config.plan.max_pause, Duration::from_micros)
     }
 
     /// Feeds the forecasters with the history of before, as far back as they remember.
@@ -319,10 +392,14 @@ impl Agent {
         };
         let now = self.clock.now();
         let bin = self.scale.bin_nanos();
-        let span = i64::try_from(self.scale.season().as_nanos()).unwrap_or(i64::MAX / 16).saturating_mul(8);
+        let span = i64::try_from(self.scale.season().as_nanos())
+            .unwrap_or(i64::MAX / 16)
+            .saturating_mul(8);
         let end = crate::window::floor_to(now, bin);
         let start = crate::window::floor_to(now.saturating_sub(span), bin);
-        let query = crate::history::Query::range(start..end).volumes(names).skip_damage();
+        let query = crate::history::Query::range(start..end)
+            .volumes(names)
+            .skip_damage();
         let (series, skipped) = match reader.load_bins(&query, bin) {
             Ok(read) => read,
             Err(error) => return tracing::warn!(%error, "forecasts begin without history"),
@@ -344,7 +421,11 @@ impl Agent {
                     })
                 });
                 if mind.mixture.observe(&volume, start, load).is_ok() {
-                    let event = crate::plan::Event::WindowClosed { volume: volume.clone(), start, load };
+                    let event = crate::plan::Event::WindowClosed {
+                        volume: volume.clone(),
+                        start,
+                        load,
+                    };
                     let _ = mind.brain.apply(event, start + bin);
                 }
             }
@@ -354,12 +435,24 @@ impl Agent {
     /// Paths that must never lie on a filesystem that is frozen.
     pub(super) fn protected(&self) -> Vec<ProtectedPath> {
         let mut paths = vec![
-            ProtectedPath { path: self.config.state_dir(), role: "the agent's state".into() },
-            ProtectedPath { path: self.config.store_dir(), role: "the layer store".into() },
-            ProtectedPath { path: self.config.history_dir(), role: "the history".into() },
+            ProtectedPath {
+                path: self.config.state_dir(),
+                role: "the agent's state".into(),
+            },
+            ProtectedPath {
+                path: self.config.store_dir(),
+                role: "the layer store".into(),
+            },
+            ProtectedPath {
+                path: self.config.history_dir(),
+                role: "the history".into(),
+            },
         ];
         if let Some(path) = &self.config.staging.path {
-            paths.push(ProtectedPath { path: path.clone(), role: "the staging area".into() });
+            paths.push(ProtectedPath {
+                path: path.clone(),
+                role: "the staging area".into(),
+            });
         }
         paths
     }
@@ -376,7 +469,10 @@ impl Agent {
 
     pub(super) fn tell(&self, event: WatchEvent) {
         // No watcher is no error.
-        let _ = self.watch.send(WatchItem { at: self.clock.now(), event });
+        let _ = self.watch.send(WatchItem {
+            at: self.clock.now(),
+            event,
+        });
     }
 
     pub(super) fn stopping(&self) -> bool {
@@ -421,10 +517,17 @@ impl Agent {
     }
 
     /// Ends the present generation of a volume: its next layer is a rescan.
-    pub(super) fn end_generation(&self, entry: &Entry, reason: GenerationEnd) -> Result<(), ServiceError> {
+    pub(super) fn end_generation(
+        &self,
+        entry: &Entry,
+        reason: GenerationEnd,
+    ) -> Result<(), ServiceError> {
         entry.track.begin_generation()?;
         *lock(&entry.reason) = reason;
-        self.metrics.rescans.with([entry.name.as_str(), &reason.to_string()]).inc();
+        self.metrics
+            .rescans
+            .with([entry.name.as_str(), &reason.to_string()])
+            .inc();
         tracing::warn!(volume = entry.name, %reason, "the change map's generation ended; the next layer reads everything");
         self.tell(WatchEvent::Tracking {
             volume: entry.name.clone(),
@@ -437,11 +540,17 @@ impl Agent {
 
 /// Folder of the pins; tests and second agents on one host choose another.
 fn pin_root() -> PathBuf {
-    std::env::var_os("SOE_PIN_ROOT").map_or_else(|| crate::observe::tracker::DEFAULT_PIN_ROOT.into(), PathBuf::from)
+    std::env::var_os("SOE_PIN_ROOT").map_or_else(
+        || crate::observe::tracker::DEFAULT_PIN_ROOT.into(),
+        PathBuf::from,
+    )
 }
 
 fn spawn_guard(marker: &std::path::Path) -> Result<FreezeGuard, ServiceError> {
-    let binary = std::env::current_exe().map_err(|source| ServiceError::Folder { path: "/proc/self/exe".into(), source })?;
+    let binary = std::env::current_exe().map_err(|source| ServiceError::Folder {
+        path: "/proc/self/exe".into(),
+        source,
+    })?;
     let mut command = std::process::Command::new(binary);
     command.arg("freeze-guard");
     Ok(FreezeGuard::spawn(command, Some(marker.to_path_buf()))?)

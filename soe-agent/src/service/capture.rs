@@ -2,21 +2,29 @@
 //! the outcome.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::agent::{Agent, Entry, lock};
 use super::report::{layer_info, layer_row};
+use super::sampler::{WindowOf, window};
 use super::sink::{StoreSink, VolumeFacts, base_of};
 use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{LayerInfo, WatchEvent};
 use crate::capture::mounts::Mounts;
 use crate::capture::{
-    CaptureError, CaptureParts, CapturePolicy, CaptureRequest, FreezeError, FreezeGuard, VolumeFreezer, VolumeParts,
-    capture_group,
+    CaptureError, CaptureParts, CapturePolicy, CaptureRequest, FreezeError, FreezeGuard,
+    VolumeFreezer, VolumeParts, capture_group,
 };
+use crate::govern::{GuardLimits, LatencyGuard};
 use crate::io::{ReadOptions, VolumeSpec, open_reader};
 use crate::plan::{CaptureHints, CaptureKind, Event};
 use crate::seam::{BlockReader, ChangeMap, Clock, GenerationEnd, Pace, Tracking};
+
+/// How often the foreground's latency is looked at during a capture.
+const GUARD_EVERY: Duration = Duration::from_millis(100);
+/// A 99th percentile below this counts as unharmed where the group names no target.
+const UNHARMED: Duration = Duration::from_millis(20);
 
 /// Why a capture did not become a layer, with what the caller is told.
 struct Failed {
@@ -26,7 +34,10 @@ struct Failed {
 
 impl Failed {
     fn new(kind: ErrorKind, error: &dyn std::error::Error) -> Self {
-        Self { kind, message: error.to_string() }
+        Self {
+            kind,
+            message: error.to_string(),
+        }
     }
 }
 
@@ -47,11 +58,18 @@ struct Readers {
 impl Agent {
     /// Captures a layer of every volume of `group` on this thread, and tells the brain, the callers
     /// that wait, and the watchers.
-    pub(super) fn run_capture(self: &Arc<Self>, group: &str, kind: CaptureKind, hints: CaptureHints) {
+    pub(super) fn run_capture(
+        self: &Arc<Self>,
+        group: &str,
+        kind: CaptureKind,
+        hints: CaptureHints,
+    ) {
         // One capture at a time: the guard is prepared for one group's filesystems, and two copies at
         // once would only slow each other and the foreground.
         let turn = lock(&self.capture_turn);
-        self.apply(Event::CaptureStarted { group: group.into() });
+        self.apply(Event::CaptureStarted {
+            group: group.into(),
+        });
         let began = self.clock.monotonic();
         let outcome = self.capture(group, kind, hints);
         drop(turn);
@@ -62,22 +80,41 @@ impl Agent {
         };
         let reply = match outcome {
             Ok(layers) => {
-                self.metrics.capture_duration.observe([group, kind_name], took.as_secs_f64());
+                self.metrics
+                    .capture_duration
+                    .observe([group, kind_name], took.as_secs_f64());
                 lock(&self.errors).remove(group);
-                let made = if layers.iter().all(|l| l.kind == crate::api::types::LayerKind::Baseline) {
+                let made = if layers
+                    .iter()
+                    .all(|l| l.kind == crate::api::types::LayerKind::Baseline)
+                {
                     CaptureKind::Baseline
                 } else {
                     CaptureKind::Differential
                 };
                 let cut_at = layers.first().map_or(0, |layer| layer.cut_at);
-                self.apply(Event::CaptureFinished { group: group.into(), kind: made, cut_at });
+                self.apply(Event::CaptureFinished {
+                    group: group.into(),
+                    kind: made,
+                    cut_at,
+                });
                 Ok(layers)
             }
             Err(failed) => {
-                tracing::warn!(group, reason = failed.message, "capture failed; nothing is lost, its blocks stay marked");
-                self.metrics.captures.with([group, kind_name, "none", "failed"]).inc();
+                tracing::warn!(
+                    group,
+                    reason = failed.message,
+                    "capture failed; nothing is lost, its blocks stay marked"
+                );
+                self.metrics
+                    .captures
+                    .with([group, kind_name, "none", "failed"])
+                    .inc();
                 lock(&self.errors).insert(group.into(), failed.message.clone());
-                self.apply(Event::CaptureFailed { group: group.into(), reason: failed.message.clone() });
+                self.apply(Event::CaptureFailed {
+                    group: group.into(),
+                    reason: failed.message.clone(),
+                });
                 Err(EngineError::new(failed.kind, failed.message))
             }
         };
@@ -87,17 +124,31 @@ impl Agent {
         }
     }
 
-    fn capture(&self, group: &str, kind: CaptureKind, hints: CaptureHints) -> Result<Vec<LayerInfo>, Failed> {
+    fn capture(
+        &self,
+        group: &str,
+        kind: CaptureKind,
+        hints: CaptureHints,
+    ) -> Result<Vec<LayerInfo>, Failed> {
         let volumes = lock(&self.state)
             .groups
             .get(group)
             .map(|g| g.volumes.clone())
-            .ok_or_else(|| Failed { kind: ErrorKind::NotFound, message: format!("there is no group {group}") })?;
+            .ok_or_else(|| Failed {
+                kind: ErrorKind::NotFound,
+                message: format!("there is no group {group}"),
+            })?;
         let entries: Vec<Arc<Entry>> = volumes
             .iter()
-            .map(|name| self.adopt_volume(name).map_err(|e| Failed::new(ErrorKind::Internal, &e)))
+            .map(|name| {
+                self.adopt_volume(name)
+                    .map_err(|e| Failed::new(ErrorKind::Internal, &e))
+            })
             .collect::<Result<_, _>>()?;
-        let free = self.store.free_space().map_err(|e| Failed::new(ErrorKind::Internal, &e))?;
+        let free = self
+            .store
+            .free_space()
+            .map_err(|e| Failed::new(ErrorKind::Internal, &e))?;
         if free < self.config.store.min_free {
             return Err(Failed {
                 kind: ErrorKind::Exhausted,
@@ -113,8 +164,14 @@ impl Agent {
             self.check_generation(entry)?;
             settled.push(self.settled_failures(entry));
         }
-        let head = self.store.head(group).map_err(|e| Failed::new(ErrorKind::Integrity, &e))?;
-        let readers: Vec<Readers> = entries.iter().map(|entry| open(entry)).collect::<Result<_, _>>()?;
+        let head = self
+            .store
+            .head(group)
+            .map_err(|e| Failed::new(ErrorKind::Integrity, &e))?;
+        let readers: Vec<Readers> = entries
+            .iter()
+            .map(|entry| open(entry))
+            .collect::<Result<_, _>>()?;
         let pace = Paces(entries.iter().map(|entry| entry.pace.clone()).collect());
         let facts = entries
             .iter()
@@ -127,6 +184,9 @@ impl Agent {
         let guard = self.guard();
         let freezer = match guard.as_deref().map(|guard| self.freezer(guard, &entries)) {
             Some(Ok(freezer)) => freezer,
+            Some(Err(error @ FreezeError::Protected { .. })) => {
+                return Err(Failed::new(ErrorKind::Unsafe, &error));
+            }
             // Without a freezer the optimistic cut is still possible; if it fails, this is why.
             Some(Err(error)) => {
                 tracing::warn!(group, %error, "filesystems cannot be frozen for this capture");
@@ -145,9 +205,7 @@ impl Agent {
                     urgent: &*readers.urgent,
                     base: head
                         .as_ref()
-                        .and_then(|manifest| {
-                            newest_of(&self.store, group, manifest, &entry.name)
-                        })
+                        .and_then(|manifest| newest_of(&self.store, group, manifest, &entry.name))
                         .filter(|layer| {
                             layer.volume_bytes == entry.volume.bytes()
                                 && layer.block_size == entry.map.block_size()
@@ -165,17 +223,37 @@ impl Agent {
             baseline: kind == CaptureKind::Baseline,
             policy: CapturePolicy {
                 pause_budget: hints.max_pause,
-                optimistic_time: if hints.urgent { Duration::from_millis(500) } else { Duration::from_secs(2) },
+                optimistic_time: if hints.urgent {
+                    Duration::from_millis(500)
+                } else {
+                    Duration::from_secs(2)
+                },
                 memory_limit: self.config.limits.memory / 4,
                 ..CapturePolicy::default()
             },
         };
-        let cut = capture_group(&parts, &request, &mut sink).map_err(|error| self.capture_failed(&entries, error))?;
+        let done = &AtomicBool::new(false);
+        let cut = std::thread::scope(|scope| {
+            for entry in &entries {
+                let target = hints.p99_target;
+                scope.spawn(move || self.guard_foreground(entry, target, done));
+            }
+            let cut = capture_group(&parts, &request, &mut sink);
+            done.store(true, Ordering::SeqCst);
+            cut
+        })
+        .map_err(|error| self.capture_failed(&entries, error))?;
         let Some(manifest) = sink.manifest.take() else {
-            return Err(Failed { kind: ErrorKind::Internal, message: "the capture ended without a manifest".into() });
+            return Err(Failed {
+                kind: ErrorKind::Internal,
+                message: "the capture ended without a manifest".into(),
+            });
         };
         if cut.budget_missed > 0 {
-            self.metrics.capture_missed_budgets.with([group]).inc_by(u64::from(cut.budget_missed));
+            self.metrics
+                .capture_missed_budgets
+                .with([group])
+                .inc_by(u64::from(cut.budget_missed));
             if let Some(state) = lock(&self.state).groups.get_mut(group) {
                 state.missed_pause_budgets += u64::from(cut.budget_missed);
             }
@@ -186,9 +264,18 @@ impl Agent {
         let mut layers = Vec::new();
         for layer in &manifest.volumes {
             let info = layer_info(&manifest, layer);
-            self.metrics.captures.with([group, info.kind.as_str(), info.method.as_str(), "done"]).inc();
-            self.metrics.capture_read.with([layer.volume.as_str()]).inc_by(layer.bytes_read);
-            self.metrics.capture_stored.with([layer.volume.as_str()]).inc_by(layer.bytes_stored);
+            self.metrics
+                .captures
+                .with([group, info.kind.as_str(), info.method.as_str(), "done"])
+                .inc();
+            self.metrics
+                .capture_read
+                .with([layer.volume.as_str()])
+                .inc_by(layer.bytes_read);
+            self.metrics
+                .capture_stored
+                .with([layer.volume.as_str()])
+                .inc_by(layer.bytes_stored);
             if let Err(error) = self.history.append(&[layer_row(&manifest, layer)]) {
                 tracing::warn!(%error, "the layer is durable, but the history could not take it yet");
             }
@@ -196,11 +283,47 @@ impl Agent {
             layers.push(info);
         }
         if let Some(first) = layers.first() {
-            self.metrics
-                .capture_pause
-                .observe([group, first.method.as_str()], Duration::from_micros(first.pause_us).as_secs_f64());
+            self.metrics.capture_pause.observe(
+                [group, first.method.as_str()],
+                Duration::from_micros(first.pause_us).as_secs_f64(),
+            );
         }
         Ok(layers)
+    }
+
+    /// Sets the pace of a capture by what the volume's own users feel, until `done`.
+    fn guard_foreground(&self, entry: &Entry, target: Option<Duration>, done: &AtomicBool) {
+        let ceiling = self.ceiling();
+        let latency = |window: &crate::window::VolumeWindow| {
+            let p99 = |stats: &crate::window::DirectionStats| {
+                stats.latency.as_ref().map(|l| Duration::from_nanos(l.p99))
+            };
+            p99(&window.read).max(p99(&window.write))
+        };
+        // Without a target: what the users felt before the capture, with room for noise.
+        let before = lock(&entry.sampling).window.as_ref().and_then(latency);
+        let target = target.unwrap_or_else(|| (before.unwrap_or_default() * 4).max(UNHARMED));
+        let mut guard = LatencyGuard::new(GuardLimits::new(target, ceiling));
+        entry.pace.set_rate(guard.rate());
+        let mut last = entry.track.stats().ok();
+        while !done.load(Ordering::SeqCst) {
+            self.clock.sleep(GUARD_EVERY);
+            let now = entry.track.stats().ok();
+            if let (Some(last), Some(now)) = (&last, &now) {
+                let of = WindowOf {
+                    start: 0,
+                    interval: i64::try_from(GUARD_EVERY.as_nanos()).unwrap_or(1),
+                    host: Default::default(),
+                    volume: Default::default(),
+                    device_id: Default::default(),
+                };
+                entry
+                    .pace
+                    .set_rate(guard.observe(latency(&window(of, last, now))));
+            }
+            last = now;
+        }
+        entry.pace.set_rate(ceiling);
     }
 
     /// Ends the generation of a volume whose map may lack changes, also when its counters and the
@@ -214,23 +337,40 @@ impl Agent {
                 lock(&self.entries).remove(&entry.name);
                 return Err(Failed {
                     kind: ErrorKind::Conflict,
-                    message: format!("{} became another device or changed its size; it is tracked anew, capture again", entry.name),
+                    message: format!(
+                        "{} became another device or changed its size; it is tracked anew, capture again",
+                        entry.name
+                    ),
                 });
             }
             Tracking::Tainted(reason) => self.end_generation(entry, reason).map_err(internal)?,
-            Tracking::Detached => self.end_generation(entry, GenerationEnd::GapMiss).map_err(internal)?,
+            Tracking::Detached => self
+                .end_generation(entry, GenerationEnd::GapMiss)
+                .map_err(internal)?,
         }
-        if let Some((counted, device)) = entry.track.audit().map_err(|e| Failed::new(ErrorKind::Internal, &e))?
+        if let Some((counted, device)) = entry
+            .track
+            .audit()
+            .map_err(|e| Failed::new(ErrorKind::Internal, &e))?
             && counted != device
         {
-            tracing::error!(volume = entry.name, counted, device, "the device wrote other sectors than the programs saw");
-            self.end_generation(entry, GenerationEnd::CounterMismatch).map_err(internal)?;
+            tracing::error!(
+                volume = entry.name,
+                counted,
+                device,
+                "the device wrote other sectors than the programs saw"
+            );
+            self.end_generation(entry, GenerationEnd::CounterMismatch)
+                .map_err(internal)?;
         }
         Ok(())
     }
 
     fn settled_failures(&self, entry: &Entry) -> u64 {
-        let failed = entry.map.reading().map_or(0, |reading| reading.misses.failed_writes);
+        let failed = entry
+            .map
+            .reading()
+            .map_or(0, |reading| reading.misses.failed_writes);
         lock(&entry.settling).observe(self.clock.monotonic(), failed)
     }
 
@@ -241,7 +381,12 @@ impl Agent {
     ) -> Result<Option<crate::capture::GuardFreezer<'g>>, FreezeError> {
         let devices: Vec<(u32, u32)> = entries
             .iter()
-            .map(|entry| (rustix::fs::major(entry.volume.rdev), rustix::fs::minor(entry.volume.rdev)))
+            .map(|entry| {
+                (
+                    rustix::fs::major(entry.volume.rdev),
+                    rustix::fs::minor(entry.volume.rdev),
+                )
+            })
             .collect();
         let superblocks = Mounts::default().superblocks(&devices, &self.protected())?;
         if superblocks.is_empty() {
@@ -260,15 +405,19 @@ impl Agent {
         };
         match &error {
             CaptureError::GenerationEnds { volume, reason, .. } => end(volume, *reason),
-            CaptureError::MissedBeforeFirstCut { volume, .. } => end(volume, GenerationEnd::GapMiss),
+            CaptureError::MissedBeforeFirstCut { volume, .. } => {
+                end(volume, GenerationEnd::GapMiss)
+            }
             _ => {}
         }
         let kind = match &error {
-            CaptureError::Freeze(FreezeError::Protected { .. } | FreezeError::AlreadyFrozen { .. }) => ErrorKind::Unsafe,
+            CaptureError::Freeze(
+                FreezeError::Protected { .. } | FreezeError::AlreadyFrozen { .. },
+            ) => ErrorKind::Unsafe,
             CaptureError::Cancelled => ErrorKind::Cancelled,
-            CaptureError::NotQuiet { .. } | CaptureError::NotConverging { .. } | CaptureError::FrozenButMoving { .. } => {
-                ErrorKind::Conflict
-            }
+            CaptureError::NotQuiet { .. }
+            | CaptureError::NotConverging { .. }
+            | CaptureError::FrozenButMoving { .. } => ErrorKind::Conflict,
             _ => ErrorKind::Internal,
         };
         Failed::new(kind, &error)
@@ -283,12 +432,24 @@ fn newest_of(
     volume: &str,
 ) -> Option<crate::layer::VolumeLayer> {
     head.volume(volume).cloned().or_else(|| {
-        store.volume_head(group, volume).ok().flatten().map(|layer| layer.layer().clone())
+        store
+            .volume_head(group, volume)
+            .ok()
+            .flatten()
+            .map(|layer| layer.layer().clone())
     })
 }
 
 fn open(entry: &Entry) -> Result<Readers, Failed> {
-    let spec = VolumeSpec { path: entry.volume.path.clone(), offset: 0, len: Some(entry.volume.bytes()) };
-    let open = |options| open_reader(&spec, options).map_err(|e| Failed::new(ErrorKind::Internal, &e));
-    Ok(Readers { background: open(ReadOptions::BACKGROUND)?, urgent: open(ReadOptions::URGENT)? })
+    let spec = VolumeSpec {
+        path: entry.volume.path.clone(),
+        offset: 0,
+        len: Some(entry.volume.bytes()),
+    };
+    let open =
+        |options| open_reader(&spec, options).map_err(|e| Failed::new(ErrorKind::Internal, &e));
+    Ok(Readers {
+        background: open(ReadOptions::BACKGROUND)?,
+        urgent: open(ReadOptions::URGENT)?,
+    })
 }

@@ -6,25 +6,21 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::stream::StreamExt;
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::broadcast;
 
 use super::ServiceError;
-use super::agent::{Agent, Entry, lock};
+use super::agent::{Agent, lock};
 use super::report::{layer_detail, layer_info};
 use super::state::Group;
 use crate::api::engine::{Engine, EngineError, ErrorKind, Reply, StreamReply};
 use crate::api::types::*;
-use crate::config::Config;
 use crate::layer::{ErrorClass, LayerError};
 use crate::model::{Forecaster, VolumeName};
 use crate::observe::volumes;
 use crate::plan;
 use crate::restore::RestoreError;
-use crate::seam::{ByteRange, ChangeMap, Clock, Tracking, UnixNanos};
+use crate::seam::{ByteRange, ChangeMap, Clock};
 use crate::window::EventRow;
-
-/// How long a call waits for a capture that is already under way before it asks for its own.
-const CAPTURE_TURN: Duration = Duration::from_secs(300);
 
 fn class(class: ErrorClass) -> ErrorKind {
     match class {
@@ -46,282 +42,16 @@ pub(super) fn restore_error(error: RestoreError) -> EngineError {
     EngineError::new(class(error.class()), error.to_string())
 }
 
-fn service_error(error: ServiceError) -> EngineError {
+pub(super) fn service_error(error: ServiceError) -> EngineError {
     let kind = match &error {
-        ServiceError::Tracker(crate::observe::TrackerError::NoVolume { .. }) => ErrorKind::InvalidArgument,
+        ServiceError::Tracker(crate::observe::TrackerError::NoVolume { .. }) => {
+            ErrorKind::InvalidArgument
+        }
         ServiceError::Tracker(crate::observe::TrackerError::Full { .. }) => ErrorKind::Exhausted,
+        refusal if refusal.is_refusal() => ErrorKind::Unsafe,
         _ => ErrorKind::Internal,
     };
     EngineError::new(kind, error.to_string())
-}
-
-fn seconds(nanos: i64) -> u64 {
-    u64::try_from(nanos / 1_000_000_000).unwrap_or(0)
-}
-
-impl Agent {
-    fn group(&self, name: &str) -> Result<Group, EngineError> {
-        lock(&self.state)
-            .groups
-            .get(name)
-            .cloned()
-            .ok_or_else(|| EngineError::not_found(format!("there is no group {name}; `soe group list` shows those there are")))
-    }
-
-    fn known(&self, volume: &str) -> Result<Arc<Entry>, EngineError> {
-        self.entry(volume).ok_or_else(|| {
-            EngineError::not_found(format!("{volume} is in no group, so nothing is known of it; `soe group create` begins that"))
-        })
-    }
-
-    fn create(self: &Arc<Self>, spec: GroupSpec) -> Result<GroupStatus, EngineError> {
-        if lock(&self.state).groups.contains_key(&spec.name) {
-            return Err(EngineError::new(ErrorKind::AlreadyExists, format!("there is a group {} already", spec.name)));
-        }
-        let mut resolved = Vec::new();
-        for name in &spec.volumes {
-            let volume = volumes::resolve(std::path::Path::new(name)).map_err(|e| service_error(e.into()))?;
-            if resolved.contains(&volume.rdev) {
-                return Err(EngineError::invalid(format!("{name} names a volume that the group has already")));
-            }
-            for (other, group) in self.volumes_of_groups() {
-                if self.entry(&other).is_some_and(|entry| entry.volume.rdev == volume.rdev) {
-                    return Err(EngineError::new(
-                        ErrorKind::Conflict,
-                        format!("{name} is in group {group} already (as {other}); a volume has one chain of layers"),
-                    ));
-                }
-            }
-            resolved.push(volume.rdev);
-        }
-        for name in &spec.volumes {
-            self.adopt_volume(name).map_err(service_error)?;
-        }
-        let group = Group {
-            name: spec.name.clone(),
-            volumes: spec.volumes,
-            prediction_enabled: spec.prediction_enabled,
-            rpo_s: spec.rpo_s,
-            max_pause_us: spec.max_pause_us,
-            p99_target_us: spec.p99_target_us,
-            app: spec.app,
-            criticality: spec.criticality,
-            created_at: self.clock.now(),
-            hosts: Vec::new(),
-            missed_pause_budgets: 0,
-        };
-        lock(&self.state).groups.insert(group.name.clone(), group.clone());
-        if let Err(error) = self.save_state() {
-            lock(&self.state).groups.remove(&group.name);
-            return Err(service_error(error));
-        }
-        self.tell_brain_of(&group);
-        self.status(&group)
-    }
-
-    fn volumes_of_groups(&self) -> Vec<(String, String)> {
-        lock(&self.state)
-            .groups
-            .values()
-            .flat_map(|g| g.volumes.iter().map(|v| (v.clone(), g.name.clone())))
-            .collect()
-    }
-
-    fn update(self: &Arc<Self>, update: GroupUpdate) -> Result<GroupStatus, EngineError> {
-        let mut group = self.group(&update.name)?;
-        group.prediction_enabled = update.prediction_enabled.unwrap_or(group.prediction_enabled);
-        group.rpo_s = update.rpo_s.or(group.rpo_s);
-        group.max_pause_us = update.max_pause_us.or(group.max_pause_us);
-        group.p99_target_us = update.p99_target_us.or(group.p99_target_us);
-        group.app = update.app.or(group.app);
-        group.criticality = update.criticality.unwrap_or(group.criticality);
-        for name in &update.remove_volumes {
-            let before = group.volumes.len();
-            group.volumes.retain(|v| v != name);
-            if group.volumes.len() == before {
-                return Err(EngineError::not_found(format!("{name} is not in group {}", group.name)));
-            }
-        }
-        for name in update.add_volumes {
-            if self.volumes_of_groups().iter().any(|(v, _)| *v == name) {
-                return Err(EngineError::new(ErrorKind::Conflict, format!("{name} is in a group already")));
-            }
-            self.adopt_volume(&name).map_err(service_error)?;
-            group.volumes.push(name);
-        }
-        if group.volumes.is_empty() {
-            return Err(EngineError::invalid(format!("group {} would be left without volumes; delete it instead", group.name)));
-        }
-        self.keep(group)
-    }
-
-    fn keep(self: &Arc<Self>, group: Group) -> Result<GroupStatus, EngineError> {
-        lock(&self.state).groups.insert(group.name.clone(), group.clone());
-        self.save_state().map_err(service_error)?;
-        self.apply(plan::Event::GroupUpdated { spec: self.plan_spec(&group) });
-        self.status(&group)
-    }
-
-    fn delete(self: &Arc<Self>, name: &str, delete_layers: bool) -> Result<u64, EngineError> {
-        let group = self.group(name)?;
-        if delete_layers {
-            return Err(EngineError::new(
-                ErrorKind::Unsupported,
-                format!("this version does not delete layers; delete group {name} without them, its layers stay in the store"),
-            ));
-        }
-        if lock(&self.mind).brain.capturing(&name.into()) {
-            return Err(EngineError::new(ErrorKind::Conflict, format!("a capture of group {name} is under way; try again when it has ended")));
-        }
-        lock(&self.state).groups.remove(name);
-        self.save_state().map_err(service_error)?;
-        self.apply(plan::Event::GroupDeleted { group: name.into() });
-        for volume in &group.volumes {
-            if let Some(area) = &self.area {
-                area.drop_volume(volume);
-            }
-            lock(&self.entries).remove(volume);
-        }
-        let keep: Vec<u64> = lock(&self.entries).values().map(|entry| entry.volume.disk.diskseq).collect();
-        self.tracker.retain(|diskseq| keep.contains(&diskseq)).map_err(|e| service_error(e.into()))?;
-        Ok(self.store.manifests(name).map(|m| m.len() as u64).unwrap_or(0))
-    }
-
-    fn status(&self, group: &Group) -> Result<GroupStatus, EngineError> {
-        Ok(GroupStatus {
-            group: group.name.clone(),
-            prediction_enabled: group.prediction_enabled,
-            rpo_s: self.rpo(group).as_secs(),
-            max_pause_us: u64::try_from(self.max_pause(group).as_micros()).unwrap_or(u64::MAX),
-            p99_target_us: group.p99_target_us,
-            app: group.app.clone(),
-            criticality: group.criticality,
-            created_at: group.created_at,
-            missed_pause_budgets: lock(&self.state).groups.get(&group.name).map_or(0, |g| g.missed_pause_budgets),
-            last_error: lock(&self.errors).get(&group.name).cloned(),
-            hosts: group.hosts.clone(),
-            volumes: group
-                .volumes
-                .iter()
-                .map(|volume| self.volume_status(group, volume))
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
-    fn volume_status(&self, group: &Group, name: &str) -> Result<VolumeStatus, EngineError> {
-        let layers = self.layers_of(&group.name, name)?;
-        let last = layers.last().cloned();
-        let baselines = layers.iter().filter(|l| l.kind == LayerKind::Baseline).count() as u64;
-        let now = self.clock.now();
-        let mut status = VolumeStatus {
-            volume: name.into(),
-            device_id: String::new(),
-            size_bytes: last.as_ref().map_or(0, |l| l.volume_bytes),
-            generation: None,
-            epoch: 0,
-            tracking: TrackingState::Detached,
-            rescan_reason: None,
-            layers: layers.len() as u64,
-            baseline_layers: baselines,
-            differential_layers: layers.len() as u64 - baselines,
-            rpo_s: self.rpo(group).as_secs(),
-            rpo_age_s: last.as_ref().map(|l| seconds(now.saturating_sub(l.cut_at))),
-            last_layer: last.clone(),
-            changed_blocks_pending: None,
-            staging: StagingStatus::default(),
-            predicted: self.prediction(name, now),
-            last_decision: None,
-        };
-        let Some(entry) = self.entry(name) else {
-            return Ok(status);
-        };
-        let generation = entry.map.generation();
-        let tracking = entry.map.tracking();
-        status.device_id = entry.volume.device_id.clone();
-        status.size_bytes = entry.volume.bytes();
-        status.generation = Some(generation);
-        status.epoch = u64::from(entry.map.epoch().0);
-        status.tracking = tracking.into();
-        status.last_decision = lock(&entry.last_decision).clone();
-        let base = self.store.volume_head(&group.name, name).ok().flatten();
-        status.rescan_reason = match (tracking, &base) {
-            (Tracking::Tainted(reason), _) => Some(reason),
-            (_, Some(base)) if base.layer().generation != generation => Some(*lock(&entry.reason)),
-            _ => None,
-        };
-        if let (Some(base), None, Tracking::Complete) = (&base, status.rescan_reason, tracking) {
-            let changed = entry.map.changed_since(base.layer().since_epoch).map_err(|e| service_error(e.into()))?;
-            let unit = u64::from(entry.map.block_size());
-            status.changed_blocks_pending = Some(changed.iter().map(|r| r.len.div_ceil(unit)).sum());
-        }
-        status.staging = self.stage_report(&entry).map_err(service_error)?.status;
-        Ok(status)
-    }
-
-    fn prediction(&self, volume: &str, now: UnixNanos) -> Prediction {
-        let name = VolumeName::from(volume);
-        let mind = lock(&self.mind);
-        let serving = mind.mixture.serving(&name);
-        let Some(predicted) = mind.brain.predicted(&name, now) else {
-            return Prediction::default();
-        };
-        Prediction {
-            load_now: predicted.load_now,
-            next_burst_at: predicted.next_burst_at,
-            burst_probability: Some(predicted.burst_probability),
-            next_low_window: predicted.next_low_window.map(|(start, end)| TimeWindow { start, end }),
-            model: predicted.model.map(|m| m.to_string()),
-            model_reason: serving.map(|s| s.why),
-        }
-    }
-
-    fn layers_of(&self, group: &str, volume: &str) -> Result<Vec<LayerInfo>, EngineError> {
-        let layers = match self.store.layers(group, volume) {
-            Ok(layers) => layers,
-            Err(LayerError::NotFound { .. }) => Vec::new(),
-            Err(error) => return Err(layer_error(error)),
-        };
-        Ok(layers.iter().map(|l| layer_info(&l.manifest, l.layer())).collect())
-    }
-
-    /// Asks for a capture and waits for its end. A capture that is under way has its cut behind it
-    /// perhaps, so it does not count: the call waits for its turn.
-    async fn capture_now(self: Arc<Self>, group: String, kind: Option<LayerKind>) -> Result<Vec<LayerInfo>, EngineError> {
-        self.group(&group)?;
-        let began = self.clock.monotonic();
-        while lock(&self.mind).brain.capturing(&group.as_str().into()) {
-            if self.clock.monotonic() - began > CAPTURE_TURN || self.stopping() {
-                return Err(EngineError::new(ErrorKind::Conflict, format!("another capture of group {group} goes on for too long; try again later")));
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        let (sender, receiver) = oneshot::channel();
-        lock(&self.waiters).entry(group.clone()).or_default().push(sender);
-        let agent = self.clone();
-        let asked = tokio::task::spawn_blocking(move || {
-            agent.apply(plan::Event::CaptureRequested {
-                group: group.as_str().into(),
-                kind: kind.map(|kind| match kind {
-                    LayerKind::Baseline => plan::CaptureKind::Baseline,
-                    LayerKind::Differential => plan::CaptureKind::Differential,
-                }),
-            });
-        });
-        let gone = || EngineError::new(ErrorKind::Cancelled, "the agent is stopping; the blocks stay marked".to_string());
-        asked.await.map_err(|_| gone())?;
-        receiver.await.map_err(|_| gone())?
-    }
-
-    /// Reads the configuration again and takes over what can change while running.
-    pub(super) fn reload(&self) {
-        match Config::load(self.config.path.as_deref()) {
-            Ok(new) => {
-                let reload = self.config.reload(&new);
-                tracing::info!(?reload, "configuration read again; what waits for a restart is named");
-            }
-            Err(error) => tracing::error!(%error, "the configuration was not read again; the agent goes on with what it has"),
-        }
-    }
 }
 
 /// Runs blocking work off the async threads.
@@ -329,9 +59,9 @@ fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
 ) -> Reply<'static, T> {
     async move {
-        tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|e| EngineError::new(ErrorKind::Internal, format!("a call ended by a panic: {e}")))?
+        tokio::task::spawn_blocking(work).await.map_err(|e| {
+            EngineError::new(ErrorKind::Internal, format!("a call ended by a panic: {e}"))
+        })?
     }
     .boxed()
 }
@@ -384,7 +114,10 @@ impl Engine for Arc<Agent> {
                         p99_target_us: None,
                         rpo_s: None,
                     });
-                    group.hosts.last_mut().ok_or_else(|| EngineError::invalid("no host"))?
+                    group
+                        .hosts
+                        .last_mut()
+                        .ok_or_else(|| EngineError::invalid("no host"))?
                 }
             };
             host.app = update.app.or(host.app.take());
@@ -409,7 +142,12 @@ impl Engine for Arc<Agent> {
             let wanted = |name: &str| volume.as_ref().is_none_or(|v| v == name);
             Ok(manifests
                 .iter()
-                .flat_map(|m| m.volumes.iter().filter(|l| wanted(&l.volume)).map(|l| layer_info(m, l)))
+                .flat_map(|m| {
+                    m.volumes
+                        .iter()
+                        .filter(|l| wanted(&l.volume))
+                        .map(|l| layer_info(m, l))
+                })
                 .collect())
         })
     }
@@ -418,7 +156,11 @@ impl Engine for Arc<Agent> {
         let agent = self.clone();
         blocking(move || {
             let found = agent.store.find(&id).map_err(layer_error)?;
-            Ok(layer_detail(&found.manifest, found.layer(), agent.config.store.compression.to_string()))
+            Ok(layer_detail(
+                &found.manifest,
+                found.layer(),
+                agent.config.store.compression.to_string(),
+            ))
         })
     }
 
@@ -427,19 +169,29 @@ impl Engine for Arc<Agent> {
         async move { agent.start_verify(group, volume) }.boxed()
     }
 
-    fn diff_layers(&self, group: String, volume: String, from: String, to: String) -> StreamReply<'_, Vec<ByteRange>> {
+    fn diff_layers(
+        &self,
+        group: String,
+        volume: String,
+        from: String,
+        to: String,
+    ) -> StreamReply<'_, Vec<ByteRange>> {
         let agent = self.clone();
         async move {
             let ranges = tokio::task::spawn_blocking(move || {
                 let image = |id: &str| {
                     let layer = agent.store.find(id).map_err(layer_error)?;
-                    agent.store.image(&group, &volume, Some(layer.manifest.sequence)).map_err(layer_error)
+                    agent
+                        .store
+                        .image(&group, &volume, Some(layer.manifest.sequence))
+                        .map_err(layer_error)
                 };
                 Ok::<_, EngineError>(image(&from)?.index().differences(image(&to)?.index()))
             })
             .await
             .map_err(|e| EngineError::new(ErrorKind::Internal, e.to_string()))??;
-            let pages: Vec<Result<Vec<ByteRange>, EngineError>> = ranges.chunks(1024).map(|c| Ok(c.to_vec())).collect();
+            let pages: Vec<Result<Vec<ByteRange>, EngineError>> =
+                ranges.chunks(1024).map(|c| Ok(c.to_vec())).collect();
             Ok(futures::stream::iter(pages).boxed())
         }
         .boxed()
@@ -470,7 +222,9 @@ impl Engine for Arc<Agent> {
         blocking(move || {
             agent.known(&volume)?;
             let name = VolumeName::from(volume.as_str());
-            let bins = usize::try_from(horizon.as_nanos() / agent.scale.bin().as_nanos().max(1)).unwrap_or(1).max(1);
+            let bins = usize::try_from(horizon.as_nanos() / agent.scale.bin().as_nanos().max(1))
+                .unwrap_or(1)
+                .max(1);
             let forecast = lock(&agent.mind).mixture.forecast(&name, bins).ok_or_else(|| {
                 EngineError::new(ErrorKind::Conflict, format!("nothing was observed of {volume} yet; the first bin of {:?} has to end first", agent.scale.bin()))
             })?;
@@ -505,7 +259,9 @@ impl Engine for Arc<Agent> {
     fn model_train(&self, volume: Option<String>) -> Reply<'_, ModelReport> {
         let agent = self.clone();
         blocking(move || {
-            agent.train().map_err(|reason| EngineError::new(ErrorKind::Conflict, reason))?;
+            agent
+                .train()
+                .map_err(|reason| EngineError::new(ErrorKind::Conflict, reason))?;
             agent.model_report(volume)
         })
     }
@@ -533,7 +289,10 @@ impl Engine for Arc<Agent> {
         blocking(move || {
             let entry = agent.known(&volume)?;
             let Some(area) = &agent.area else {
-                return Err(EngineError::new(ErrorKind::Unsupported, "no staging area is configured; set staging.path"));
+                return Err(EngineError::new(
+                    ErrorKind::Unsupported,
+                    "no staging area is configured; set staging.path",
+                ));
             };
             agent.stage(&volume, area.budget()).map_err(service_error)?;
             agent.stage_report(&entry).map_err(service_error)
@@ -558,29 +317,38 @@ impl Engine for Arc<Agent> {
                 Some(name) => Some(agent.group(name)?.volumes),
                 None => None,
             };
-            let stream = futures::stream::unfold(agent.watch.subscribe(), |mut receiver| async move {
-                loop {
-                    match receiver.recv().await {
-                        Ok(item) => return Some((item, receiver)),
-                        Err(broadcast::error::RecvError::Lagged(items)) => {
-                            let missed = WatchItem { at: crate::io::SystemClock.now(), event: WatchEvent::Missed { items } };
-                            return Some((missed, receiver));
+            let stream =
+                futures::stream::unfold(agent.watch.subscribe(), |mut receiver| async move {
+                    loop {
+                        match receiver.recv().await {
+                            Ok(item) => return Some((item, receiver)),
+                            Err(broadcast::error::RecvError::Lagged(items)) => {
+                                let missed = WatchItem {
+                                    at: crate::io::SystemClock.now(),
+                                    event: WatchEvent::Missed { items },
+                                };
+                                return Some((missed, receiver));
+                            }
+                            Err(broadcast::error::RecvError::Closed) => return None,
                         }
-                        Err(broadcast::error::RecvError::Closed) => return None,
                     }
-                }
-            });
+                });
             let concerns = move |item: &WatchItem| {
                 let of = match &item.event {
                     WatchEvent::Load(load) => &load.volume,
                     WatchEvent::Layer(layer) => &layer.volume,
-                    WatchEvent::Decision { volume, .. } | WatchEvent::Tracking { volume, .. } => volume,
+                    WatchEvent::Decision { volume, .. } | WatchEvent::Tracking { volume, .. } => {
+                        volume
+                    }
                     WatchEvent::Staging(report) => &report.volume,
                     WatchEvent::Published { .. } | WatchEvent::Missed { .. } => return true,
                 };
                 volumes.as_ref().is_none_or(|volumes| volumes.contains(of))
             };
-            Ok(stream.filter(move |item| futures::future::ready(concerns(item))).map(Ok).boxed())
+            Ok(stream
+                .filter(move |item| futures::future::ready(concerns(item)))
+                .map(Ok)
+                .boxed())
         }
         .boxed()
     }
@@ -598,18 +366,30 @@ impl Agent {
             None => None,
         };
         Ok(ModelReport {
-            serving: serving.as_ref().map_or_else(|| "none".into(), |s| s.member.to_string()),
-            reason: serving.as_ref().map_or_else(|| "no volume was named, or nothing was observed of it yet".into(), |s| s.why.clone()),
+            serving: serving
+                .as_ref()
+                .map_or_else(|| "none".into(), |s| s.member.to_string()),
+            reason: serving.as_ref().map_or_else(
+                || "no volume was named, or nothing was observed of it yet".into(),
+                |s| s.why.clone(),
+            ),
             members: serving
                 .map(|s| {
                     s.losses
                         .into_iter()
-                        .map(|(member, loss)| MemberScore { member: member.to_string(), quantile_loss: loss, matured: s.bins as u64 })
+                        .map(|(member, loss)| MemberScore {
+                            member: member.to_string(),
+                            quantile_loss: loss,
+                            matured: s.bins as u64,
+                        })
                         .collect()
                 })
                 .unwrap_or_default(),
             trained_at: network.map(|n| n.data_to),
-            trained_on: network.map(|n| TimeWindow { start: n.data_from, end: n.trained_until }),
+            trained_on: network.map(|n| TimeWindow {
+                start: n.data_from,
+                end: n.trained_until,
+            }),
             training_samples: network.map_or(0, |n| n.samples as u64),
             seed: network.map(|n| n.seed),
             parameters: network.map(|n| n.shape.weights() as u64),
@@ -625,24 +405,38 @@ impl Agent {
                 continue;
             }
             let path = format!("/dev/{}", disk.name);
-            let entry = lock(&self.entries).values().find(|e| e.volume.disk.diskseq == disk.diskseq).cloned();
+            let entry = lock(&self.entries)
+                .values()
+                .find(|e| e.volume.disk.diskseq == disk.diskseq)
+                .cloned();
             let name = entry.as_ref().map_or(path.clone(), |e| e.name.clone());
             let resolved = volumes::resolve(std::path::Path::new(&path));
             out.push(VolumeInfo {
                 volume: name.clone(),
-                device_id: resolved.as_ref().map(|v| v.device_id.clone()).unwrap_or_default(),
+                device_id: resolved
+                    .as_ref()
+                    .map(|v| v.device_id.clone())
+                    .unwrap_or_default(),
                 kind: volumes::kind(&disk.name).into(),
                 size_bytes: disk.sectors * soe_common::SECTOR_SIZE,
                 aliases: if name == path { Vec::new() } else { vec![path] },
                 members: disk.members(),
                 mounts: resolved
                     .as_ref()
-                    .map(|v| volumes::mount_points(v).iter().map(|m| m.point.display().to_string()).collect())
+                    .map(|v| {
+                        volumes::mount_points(v)
+                            .iter()
+                            .map(|m| m.point.display().to_string())
+                            .collect()
+                    })
                     .unwrap_or_default(),
                 leaf: disk.holders().is_empty(),
                 tracked: entry.is_some(),
                 tracking: entry.as_ref().map(|e| e.map.tracking().into()),
-                group: groups.iter().find(|(v, _)| *v == name).map(|(_, g)| g.clone()),
+                group: groups
+                    .iter()
+                    .find(|(v, _)| *v == name)
+                    .map(|(_, g)| g.clone()),
                 untrackable: resolved.err().map(|e| e.to_string()),
             });
         }
@@ -651,8 +445,14 @@ impl Agent {
 
     fn take_event(self: &Arc<Self>, event: Event) -> Result<bool, EngineError> {
         let now = self.clock.now();
-        let known = self.read_events(EventQuery { since: Some(now - 86_400_000_000_000), limit: usize::MAX })?;
-        if known.iter().any(|e| e.id == event.id && e.source == event.source) {
+        let known = self.read_events(EventQuery {
+            since: Some(now - 86_400_000_000_000),
+            limit: usize::MAX,
+        })?;
+        if known
+            .iter()
+            .any(|e| e.id == event.id && e.source == event.source)
+        {
             return Ok(false);
         }
         let row = EventRow {
@@ -666,7 +466,9 @@ impl Agent {
             data_content_type: event.data.as_ref().map(|_| "application/json".into()),
             data: event.data.as_ref().map(ToString::to_string),
         };
-        self.history.append(&[row]).map_err(|e| service_error(e.into()))?;
+        self.history
+            .append(&[row])
+            .map_err(|e| service_error(e.into()))?;
         // An event is acknowledged only when it would survive a crash.
         self.history.flush().map_err(|e| service_error(e.into()))?;
         self.apply(plan::Event::EventReceived(plan::types::ExternalEvent {
@@ -675,7 +477,9 @@ impl Agent {
             volumes: event.volumes.iter().map(|v| v.as_str().into()).collect(),
             burst_expected_at: event.expected_at,
         }));
-        self.tell(WatchEvent::Published { published: Box::new(event) });
+        self.tell(WatchEvent::Published {
+            published: Box::new(event),
+        });
         Ok(true)
     }
 
@@ -684,7 +488,9 @@ impl Agent {
         self.history.flush().map_err(error)?;
         let reader = crate::history::HistoryReader::open(self.history.dir()).map_err(error)?;
         let range = query.since.unwrap_or(i64::MIN)..i64::MAX;
-        let rows = reader.rows_by_time::<EventRow>(&crate::history::Query::range(range).skip_damage()).map_err(error)?;
+        let rows = reader
+            .rows_by_time::<EventRow>(&crate::history::Query::range(range).skip_damage())
+            .map_err(error)?;
         let mut events = Vec::new();
         for row in rows {
             let row = row.map_err(error)?;
@@ -703,4 +509,3 @@ impl Agent {
         Ok(events.split_off(skip))
     }
 }
-

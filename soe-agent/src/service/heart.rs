@@ -1,19 +1,24 @@
 //! The heartbeat: samples the volumes, closes windows and bins, lets the brain decide, carries out
 //! its commands.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+
+use soe_common::record::{CgroupKey, CgroupStats};
 
 use super::agent::{Agent, Entry, lock};
 use super::sampler::{WindowOf, window};
 use crate::api::types::{self, LoadSample, WatchEvent};
 use crate::io::{ReadOptions, VolumeSpec, open_reader};
 use crate::model::{Forecaster, LoadBin, QuantileForecast, SHORT_HORIZON, VolumeName};
+use crate::observe::cgroups;
 use crate::plan::{Command, Event};
 use crate::seam::{ByteRange, ChangeMap, Clock, UnixNanos};
-use crate::window::{DecisionRow, ForecastRow, RegionHeatRow, StagingRow, VolumeWindow, floor_to};
+use crate::window::{
+    AppStatsRow, DecisionRow, ForecastRow, RegionHeatRow, StagingRow, VolumeWindow, floor_to,
+};
 
 /// Between two rounds of compaction and retention.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(300);
@@ -30,6 +35,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let (mut ticked, mut maintained) = (clock.monotonic(), clock.monotonic());
     let mut heat_at = clock.monotonic();
     let mut sampled = clock.monotonic();
+    let mut apps = HashMap::new();
     while !agent.stopping() {
         let next = (sampled + agent.config.history.interval).min(ticked + agent.config.plan.tick);
         let now = clock.monotonic();
@@ -47,6 +53,9 @@ pub(super) fn beat(agent: &Arc<Agent>) {
             for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
                 sample(agent, &entry, heat);
             }
+            if heat {
+                sample_apps(agent, &mut apps);
+            }
             if let Err(error) = agent.history.tick() {
                 tracing::warn!(%error, "the history could not be written; its rows wait in memory");
             }
@@ -58,12 +67,20 @@ pub(super) fn beat(agent: &Arc<Agent>) {
         if now >= maintained + MAINTAIN_EVERY {
             maintained = now;
             match agent.history.maintain(clock.now()) {
-                Ok(done) => done.skipped.iter().for_each(|error| tracing::warn!(%error, "the history was repaired")),
+                Ok(done) => done
+                    .skipped
+                    .iter()
+                    .for_each(|error| tracing::warn!(%error, "the history was repaired")),
                 Err(error) => tracing::warn!(%error, "the history could not be maintained"),
             }
         }
         lock(&agent.jobs).retain(|job| !job.is_finished());
     }
+    // The windows that the stop cut short.
+    for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
+        sample(agent, &entry, true);
+    }
+    sample_apps(agent, &mut apps);
 }
 
 /// Closes the window of one volume.
@@ -79,7 +96,11 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
         return;
     };
     // A clock that stepped back makes a window of the configured length at the new time.
-    let interval = if now > since { now - since } else { nanos(agent.config.history.interval) };
+    let interval = if now > since {
+        now - since
+    } else {
+        nanos(agent.config.history.interval)
+    };
     let of = WindowOf {
         start: now - interval,
         interval,
@@ -90,11 +111,23 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
     let window = window(of, &before, &stats);
     sampling.window = Some(window.clone());
     let closed = fill_bin(agent, &mut sampling.bin, &window);
-    let heat_rows = if heat { heat_rows(agent, entry, &mut sampling.heat, now) } else { Vec::new() };
+    let heat_rows = if heat {
+        heat_rows(agent, entry, &mut sampling.heat, now)
+    } else {
+        Vec::new()
+    };
     drop(sampling);
     publish(agent, entry, &window);
-    if let Err(error) = agent.history.append(std::slice::from_ref(&window)).and_then(|()| agent.history.append(&heat_rows)) {
+    if let Err(error) = agent
+        .history
+        .append(std::slice::from_ref(&window))
+        .and_then(|()| agent.history.append(&heat_rows))
+    {
         tracing::warn!(%error, "the history could not be written; its rows wait in memory");
+    }
+    if agent.stopping() {
+        // Nothing is decided any more.
+        return;
     }
     let name = VolumeName::from(entry.name.as_str());
     let bytes = window.read.bytes.unwrap_or(0) + window.write.bytes.unwrap_or(0);
@@ -105,8 +138,14 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
     for (start, load) in closed {
         let observed = lock(&agent.mind).mixture.observe(&name, start, load);
         match observed {
-            Ok(()) => agent.apply(Event::WindowClosed { volume: name.clone(), start, load }),
-            Err(error) => tracing::warn!(volume = entry.name, %error, "a bin was not used for forecasts"),
+            Ok(()) => agent.apply(Event::WindowClosed {
+                volume: name.clone(),
+                start,
+                load,
+            }),
+            Err(error) => {
+                tracing::warn!(volume = entry.name, %error, "a bin was not used for forecasts")
+            }
         }
     }
 }
@@ -151,8 +190,13 @@ fn heat_rows(
         if region < first || region * region_bytes >= end {
             continue;
         }
-        let old = before.insert(region, (heat.reads, heat.writes)).unwrap_or_default();
-        let (reads, writes) = (heat.reads.wrapping_sub(old.0), heat.writes.wrapping_sub(old.1));
+        let old = before
+            .insert(region, (heat.reads, heat.writes))
+            .unwrap_or_default();
+        let (reads, writes) = (
+            heat.reads.wrapping_sub(old.0),
+            heat.writes.wrapping_sub(old.1),
+        );
         if reads == 0 && writes == 0 {
             continue;
         }
@@ -169,6 +213,59 @@ fn heat_rows(
     rows
 }
 
+/// What every control group did since the last time: rows of `app_stats`.
+fn sample_apps(agent: &Agent, before: &mut HashMap<CgroupKey, CgroupStats>) {
+    let counts = match agent.tracker.cgroups() {
+        Ok(counts) => counts,
+        Err(error) => return tracing::warn!(%error, "no statistics by control group"),
+    };
+    let names = cgroups::paths();
+    let entries: Vec<Arc<Entry>> = lock(&agent.entries).values().cloned().collect();
+    let interval = nanos(agent.config.history.region_interval);
+    let ts = agent.clock.now() - interval;
+    let mut rows = Vec::new();
+    for (key, now) in &counts {
+        // A cgroup that was evicted from the map begins at zero again.
+        let old = before
+            .get(key)
+            .filter(|old| old.read_ops <= now.read_ops && old.write_ops <= now.write_ops);
+        let old = old.copied().unwrap_or_default();
+        if now == &old {
+            continue;
+        }
+        let path = names
+            .get(&key.cgroup)
+            .cloned()
+            .unwrap_or_else(|| key.cgroup.to_string());
+        let app = agent.config.host.app.iter().find(|app| {
+            path == app.cgroup
+                || path.starts_with(&format!("{}/", app.cgroup.trim_end_matches('/')))
+        });
+        for entry in entries
+            .iter()
+            .filter(|entry| entry.track.slot() == key.slot)
+        {
+            rows.push(AppStatsRow {
+                ts,
+                interval,
+                volume: entry.name.as_str().into(),
+                cgroup: path.as_str().into(),
+                app: app.map(|app| app.kind.as_str().into()),
+                unit: cgroups::unit_of(&path).map(Into::into),
+                container: cgroups::container_of(&path).map(Into::into),
+                read_ops: now.read_ops - old.read_ops,
+                write_ops: now.write_ops - old.write_ops,
+                read_bytes: now.read_bytes.saturating_sub(old.read_bytes),
+                write_bytes: now.write_bytes.saturating_sub(old.write_bytes),
+            });
+        }
+    }
+    *before = counts.into_iter().collect();
+    if let Err(error) = agent.history.append(&rows) {
+        tracing::warn!(%error, "the history could not be written; its rows wait in memory");
+    }
+}
+
 /// Metrics and watchers.
 fn publish(agent: &Agent, entry: &Entry, window: &VolumeWindow) {
     let name = entry.name.as_str();
@@ -179,22 +276,46 @@ fn publish(agent: &Agent, entry: &Entry, window: &VolumeWindow) {
         ("discard", window.discard_ops),
         ("flush", window.flush_ops),
     ] {
-        metrics.volume_operations.with([name, op]).inc_by(count.unwrap_or(0));
+        metrics
+            .volume_operations
+            .with([name, op])
+            .inc_by(count.unwrap_or(0));
     }
-    for (op, bytes) in [("read", window.read.bytes), ("write", window.write.bytes), ("discard", window.discard_bytes)] {
-        metrics.volume_bytes.with([name, op]).inc_by(bytes.unwrap_or(0));
+    for (op, bytes) in [
+        ("read", window.read.bytes),
+        ("write", window.write.bytes),
+        ("discard", window.discard_bytes),
+    ] {
+        metrics
+            .volume_bytes
+            .with([name, op])
+            .inc_by(bytes.unwrap_or(0));
     }
     let p99 = |latency: &Option<crate::window::LatencySummary>| latency.as_ref().map(|l| l.p99);
-    for (op, latency) in [("read", &window.read.latency), ("write", &window.write.latency)] {
+    for (op, latency) in [
+        ("read", &window.read.latency),
+        ("write", &window.write.latency),
+    ] {
         if let Some(latency) = latency {
-            for (quantile, ns) in [("0.5", latency.p50), ("0.9", latency.p90), ("0.99", latency.p99), ("0.999", latency.p999)] {
-                metrics.volume_latency.set([name, op, quantile], ns as f64 / 1e9);
+            for (quantile, ns) in [
+                ("0.5", latency.p50),
+                ("0.9", latency.p90),
+                ("0.99", latency.p99),
+                ("0.999", latency.p999),
+            ] {
+                metrics
+                    .volume_latency
+                    .set([name, op, quantile], ns as f64 / 1e9);
             }
         }
     }
-    metrics.volume_queue_depth.set([name], window.queue_depth.map_or(0.0, |q| q.mean));
+    metrics
+        .volume_queue_depth
+        .set([name], window.queue_depth.map_or(0.0, |q| q.mean));
     let complete = matches!(entry.map.tracking(), crate::seam::Tracking::Complete);
-    metrics.tracking_complete.set([name], if complete { 1.0 } else { 0.0 });
+    metrics
+        .tracking_complete
+        .set([name], if complete { 1.0 } else { 0.0 });
     agent.tell(WatchEvent::Load(LoadSample {
         volume: entry.name.clone(),
         interval_ms: u64::try_from(window.interval / 1_000_000).unwrap_or(0),
@@ -202,7 +323,9 @@ fn publish(agent: &Agent, entry: &Entry, window: &VolumeWindow) {
         write_ops: window.write.ops.unwrap_or(0),
         read_bytes: window.read.bytes.unwrap_or(0),
         write_bytes: window.write.bytes.unwrap_or(0),
-        p99_latency_us: p99(&window.read.latency).max(p99(&window.write.latency)).map(|ns| ns / 1000),
+        p99_latency_us: p99(&window.read.latency)
+            .max(p99(&window.write.latency))
+            .map(|ns| ns / 1000),
     }));
 }
 
@@ -223,7 +346,12 @@ impl Agent {
     /// Carries out a command; what is known at once is returned as an event.
     fn carry_out(self: &Arc<Self>, command: Command) -> Option<Event> {
         match command {
-            Command::StartCapture { group, kind, hints, reason } => {
+            Command::StartCapture {
+                group,
+                kind,
+                hints,
+                reason,
+            } => {
                 tracing::info!(group = %group, ?kind, reason, "capture");
                 let agent = self.clone();
                 self.job("capture", move || agent.run_capture(&group, kind, hints));
@@ -233,15 +361,25 @@ impl Agent {
                     crate::api::engine::ErrorKind::Conflict,
                     format!("capture of {group}: {reason}"),
                 );
-                for waiter in lock(&self.waiters).remove(group.as_str()).unwrap_or_default() {
+                for waiter in lock(&self.waiters)
+                    .remove(group.as_str())
+                    .unwrap_or_default()
+                {
                     let _ = waiter.send(Err(error.clone()));
                 }
             }
-            Command::StartStaging { volume, before, budget_bytes, reason } => {
+            Command::StartStaging {
+                volume,
+                before,
+                budget_bytes,
+                reason,
+            } => {
                 tracing::info!(volume = %volume, before, budget_bytes, reason, "staging");
                 let agent = self.clone();
                 self.job("staging", move || {
-                    let outcome = agent.stage(&volume, budget_bytes).map_err(|error| error.to_string());
+                    let outcome = agent
+                        .stage(&volume, budget_bytes)
+                        .map_err(|error| error.to_string());
                     agent.apply(Event::StagingFinished { volume, outcome });
                 });
             }
@@ -254,7 +392,10 @@ impl Agent {
             Command::Forecast { volume, horizon } => {
                 let forecast = lock(&self.mind).mixture.forecast(&volume, horizon)?;
                 self.keep_forecast(&volume, &forecast);
-                return Some(Event::ForecastReady { volume, forecast: Arc::new(forecast) });
+                return Some(Event::ForecastReady {
+                    volume,
+                    forecast: Arc::new(forecast),
+                });
             }
             Command::Train { reason } => {
                 tracing::info!(reason, "training");
@@ -274,7 +415,10 @@ impl Agent {
     }
 
     fn job(&self, name: &str, work: impl FnOnce() + Send + 'static) {
-        match std::thread::Builder::new().name(format!("soe-{name}")).spawn(work) {
+        match std::thread::Builder::new()
+            .name(format!("soe-{name}"))
+            .spawn(work)
+        {
             Ok(job) => lock(&self.jobs).push(job),
             Err(error) => tracing::error!(job = name, %error, "no thread for a job"),
         }
@@ -284,10 +428,14 @@ impl Agent {
         let bin = nanos(forecast.bin);
         let member = format!("{}", forecast.member);
         self.metrics.forecasts.with([member.as_str()]).inc();
-        self.metrics.burst_probability.set([volume.as_str()], forecast.burst_probability());
+        self.metrics
+            .burst_probability
+            .set([volume.as_str()], forecast.burst_probability());
         if let Some(row) = forecast.rows.first() {
             for (quantile, index) in [("0.1", 0), ("0.5", 1), ("0.9", 3)] {
-                self.metrics.predicted_load.set([volume.as_str(), quantile], f64::from(row[index]));
+                self.metrics
+                    .predicted_load
+                    .set([volume.as_str(), quantile], f64::from(row[index]));
             }
         }
         let rows: Vec<ForecastRow> = forecast
@@ -322,12 +470,22 @@ impl Agent {
             crate::plan::Action::Stage => "stage",
             crate::plan::Action::Wait => "wait",
         };
-        self.metrics.decisions.with([decision.volume.as_str(), action]).inc();
-        let shown = types::Decision { at: decision.at, action: action.into(), reason: decision.reason.clone() };
+        self.metrics
+            .decisions
+            .with([decision.volume.as_str(), action])
+            .inc();
+        let shown = types::Decision {
+            at: decision.at,
+            action: action.into(),
+            reason: decision.reason.clone(),
+        };
         if let Some(entry) = self.entry(&decision.volume) {
             *lock(&entry.last_decision) = Some(shown.clone());
         }
-        self.tell(WatchEvent::Decision { volume: decision.volume.to_string(), decision: shown });
+        self.tell(WatchEvent::Decision {
+            volume: decision.volume.to_string(),
+            decision: shown,
+        });
         let row = DecisionRow {
             ts: decision.at,
             group: decision.group.map(|group| group.as_str().into()),
@@ -348,7 +506,11 @@ impl Agent {
         let (Some(area), Some(entry)) = (&self.area, self.entry(volume)) else {
             return Ok(0);
         };
-        let spec = VolumeSpec { path: entry.volume.path.clone(), offset: 0, len: Some(entry.volume.bytes()) };
+        let spec = VolumeSpec {
+            path: entry.volume.path.clone(),
+            offset: 0,
+            len: Some(entry.volume.bytes()),
+        };
         let reader = open_reader(&spec, ReadOptions::BACKGROUND)?;
         let now = self.clock.now();
         let ranked = lock(&entry.heat).rank(now, budget, entry.volume.bytes());
@@ -374,15 +536,22 @@ impl Agent {
             tracing::warn!(%error, "what was staged could not be kept in the history");
         }
         if let Ok(report) = self.stage_report(&entry) {
-            self.metrics.staged.set([volume], report.status.staged_bytes as f64);
-            self.metrics.staged_valid.set([volume], report.status.valid_bytes as f64);
+            self.metrics
+                .staged
+                .set([volume], report.status.staged_bytes as f64);
+            self.metrics
+                .staged_valid
+                .set([volume], report.status.valid_bytes as f64);
             self.tell(WatchEvent::Staging(report));
         }
         Ok(staged)
     }
 
     /// What is staged of a volume.
-    pub(super) fn stage_report(&self, entry: &Entry) -> Result<types::StageReport, super::ServiceError> {
+    pub(super) fn stage_report(
+        &self,
+        entry: &Entry,
+    ) -> Result<types::StageReport, super::ServiceError> {
         let mut status = types::StagingStatus::default();
         if let Some(area) = &self.area {
             let stats = area.status(&entry.map)?;
@@ -396,7 +565,10 @@ impl Agent {
                 hit_ratio: (lookups > 0).then(|| stats.hits as f64 / lookups as f64),
             };
         }
-        Ok(types::StageReport { volume: entry.map.volume().to_string(), status })
+        Ok(types::StageReport {
+            volume: entry.map.volume().to_string(),
+            status,
+        })
     }
 
     /// Trains the network on what the forecasters remember, and offers it for service.
@@ -406,16 +578,27 @@ impl Agent {
         use crate::model::net::{Budget, train};
         let dataset = lock(&self.mind).mixture.dataset();
         let began = self.clock.monotonic();
-        let budget = Budget { max_samples: 100_000, ..Budget::default() };
+        let budget = Budget {
+            max_samples: 100_000,
+            ..Budget::default()
+        };
         // SAFETY: setpriority of this thread touches no memory.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
         let seed = u64::from(self.config.model.seed);
-        let trained = train(&dataset, budget, seed, None, &self.stopping).map_err(|e| e.to_string())?;
-        self.metrics.training_duration.observe([], (self.clock.monotonic() - began).as_secs_f64());
-        let promotion = lock(&self.mind).mixture.install(&trained).map_err(|e| e.to_string())?;
+        let trained =
+            train(&dataset, budget, seed, None, &self.stopping).map_err(|e| e.to_string())?;
+        self.metrics
+            .training_duration
+            .observe([], (self.clock.monotonic() - began).as_secs_f64());
+        let promotion = lock(&self.mind)
+            .mixture
+            .install(&trained)
+            .map_err(|e| e.to_string())?;
         match promotion {
             Promotion::Promoted { reason } => {
-                trained.save(&self.config.state_dir().join("model.soe")).map_err(|e| e.to_string())?;
+                trained
+                    .save(&self.config.state_dir().join("model.soe"))
+                    .map_err(|e| e.to_string())?;
                 Ok(reason)
             }
             Promotion::Rejected { reason } => Ok(reason),

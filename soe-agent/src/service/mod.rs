@@ -1,16 +1,17 @@
 //! Wires the agent: the only place that builds concrete parts.
 //!
 //! `agent` holds the parts, `heart` is the heartbeat that samples, decides and carries out,
-//! `capture` runs a capture, `engine` answers callers.
+//! `capture` runs a capture, `engine` answers callers, `groups` keeps the groups.
 
 mod agent;
 mod capture;
 mod engine;
+mod groups;
 mod heart;
 mod report;
 mod restore;
 mod sampler;
-mod sink;
+pub mod sink;
 mod state;
 mod trace;
 
@@ -19,9 +20,10 @@ use std::sync::Arc;
 
 pub use agent::Agent;
 pub use report::{layer_detail, layer_info};
-pub use state::{Group, State, StateError};
+pub use state::{Group, State, StateError, StateLock};
 
 use crate::api::server::{ApiError, Listeners, ServiceState, service_notify};
+use crate::api::socket::SocketError;
 use crate::config::Config;
 use crate::metrics::Metrics;
 
@@ -64,7 +66,9 @@ pub enum ServiceError {
         source: std::io::Error,
     },
     /// The layer format knows no such compression.
-    #[error("store.compression zstd:{level}: layers are compressed with zstd:1 or not at all (none)")]
+    #[error(
+        "store.compression zstd:{level}: layers are compressed with zstd:1 or not at all (none)"
+    )]
     Compression {
         /// The level asked for.
         level: i32,
@@ -97,8 +101,11 @@ impl ServiceError {
         matches!(
             self,
             Self::Tracker(crate::observe::TrackerError::Owned { .. })
+                | Self::State(StateError::InUse { .. })
+                | Self::Api(ApiError::Socket(SocketError::InUse { .. }))
                 | Self::Guard(
-                    crate::capture::FreezeError::Protected { .. } | crate::capture::FreezeError::AlreadyFrozen { .. }
+                    crate::capture::FreezeError::Protected { .. }
+                        | crate::capture::FreezeError::AlreadyFrozen { .. }
                 )
                 | Self::Layer(crate::layer::LayerError::Busy { .. })
                 | Self::History(crate::history::HistoryError::Locked { .. })
@@ -112,10 +119,15 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|source| ServiceError::Process { what: "starting the async runtime", source })?;
+        .map_err(|source| ServiceError::Process {
+            what: "starting the async runtime",
+            source,
+        })?;
     let state_dir = config.state_dir();
-    std::fs::create_dir_all(&state_dir)
-        .map_err(|source| ServiceError::Folder { path: state_dir.clone(), source })?;
+    std::fs::create_dir_all(&state_dir).map_err(|source| ServiceError::Folder {
+        path: state_dir.clone(),
+        source,
+    })?;
     // The listeners first: they tell early that another agent runs.
     let listeners = {
         let _in_runtime = runtime.enter();
@@ -128,7 +140,10 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
         std::thread::Builder::new()
             .name("soe-heart".into())
             .spawn(move || heart::beat(&agent))
-            .map_err(|source| ServiceError::Process { what: "starting the heartbeat", source })?
+            .map_err(|source| ServiceError::Process {
+                what: "starting the heartbeat",
+                source,
+            })?
     };
     let served = runtime.block_on(serve(&agent, listeners, metrics));
     service_notify(ServiceState::Stopping);
@@ -140,14 +155,24 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
     served
 }
 
-async fn serve(agent: &Arc<Agent>, listeners: Listeners, metrics: Arc<Metrics>) -> Result<(), ServiceError> {
+async fn serve(
+    agent: &Arc<Agent>,
+    listeners: Listeners,
+    metrics: Arc<Metrics>,
+) -> Result<(), ServiceError> {
     use tokio::signal::unix::{SignalKind, signal};
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let listen = |kind| {
-        signal(kind).map_err(|source| ServiceError::Process { what: "listening for signals", source })
+        signal(kind).map_err(|source| ServiceError::Process {
+            what: "listening for signals",
+            source,
+        })
     };
-    let (mut term, mut int, mut hup) =
-        (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?, listen(SignalKind::hangup())?);
+    let (mut term, mut int, mut hup) = (
+        listen(SignalKind::terminate())?,
+        listen(SignalKind::interrupt())?,
+        listen(SignalKind::hangup())?,
+    );
     let clock = agent.clock.clone();
     let serving = listeners.serve(Arc::new(agent.clone()), metrics, clock, stopped);
     tokio::pin!(serving);
@@ -166,7 +191,9 @@ async fn serve(agent: &Arc<Agent>, listeners: Listeners, metrics: Arc<Metrics>) 
         }
     }
     tracing::info!("stopping");
-    agent.stopping.store(true, std::sync::atomic::Ordering::SeqCst);
+    agent
+        .stopping
+        .store(true, std::sync::atomic::Ordering::SeqCst);
     let _ = stop.send(true);
     Ok(serving.await?)
 }

@@ -1,8 +1,6 @@
 //! What the surface is told of layers, in its own words.
 
-use crate::api::types::{
-    ConsistencyLevel, CutMethod, LayerDetail, LayerInfo, LayerKind,
-};
+use crate::api::types::{ConsistencyLevel, CutMethod, LayerDetail, LayerInfo, LayerKind};
 use crate::layer::{self, CutLevel, GroupManifest, VolumeLayer};
 use crate::window::LayerRow;
 
@@ -51,10 +49,17 @@ pub fn layer_info(manifest: &GroupManifest, layer: &VolumeLayer) -> LayerInfo {
 }
 
 /// All that is known of one layer.
-pub fn layer_detail(manifest: &GroupManifest, layer: &VolumeLayer, compression: String) -> LayerDetail {
+pub fn layer_detail(
+    manifest: &GroupManifest,
+    layer: &VolumeLayer,
+    compression: String,
+) -> LayerDetail {
     LayerDetail {
         layer: layer_info(manifest, layer),
-        parent: layer.parent.as_ref().map(|parent| format!("{}@{}", parent.state_root, parent.sequence)),
+        parent: layer
+            .parent
+            .as_ref()
+            .map(|parent| format!("{}@{}", parent.state_root, parent.sequence)),
         delta_root: Some(layer.delta_root.to_string()),
         zero_blocks: layer.hole_blocks,
         compression,

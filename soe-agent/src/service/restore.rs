@@ -13,7 +13,9 @@ use super::engine::{layer_error, restore_error};
 use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{RestorePhase, RestorePoint, RestoreProgress, RestoreRequest, VerifyEvent};
 use crate::layer::LayerRef;
-use crate::restore::{DeviceTarget, FileTarget, Mode, NoStaging, RestoreStats, StagedBlocks, Target, plan, restore};
+use crate::restore::{
+    DeviceTarget, FileTarget, Mode, NoStaging, RestoreStats, StagedBlocks, Target, plan, restore,
+};
 use crate::stage::area::StageArea;
 
 struct Staged<'a>(&'a StageArea);
@@ -32,7 +34,10 @@ type Stream<T> = BoxStream<'static, Result<T, EngineError>>;
 impl Agent {
     /// The layer that a restore point names.
     fn point(&self, request: &RestoreRequest) -> Result<LayerRef, EngineError> {
-        let layers = self.store.layers(&request.group, &request.volume).map_err(layer_error)?;
+        let layers = self
+            .store
+            .layers(&request.group, &request.volume)
+            .map_err(layer_error)?;
         let none = || {
             EngineError::not_found(format!(
                 "group {} has no layer of {} at that point; `soe layer list {}` shows what there is",
@@ -48,12 +53,19 @@ impl Agent {
                 }
                 Ok(found)
             }
-            RestorePoint::At(at) => layers.into_iter().rev().find(|l| l.manifest.cut_at <= *at).ok_or_else(none),
+            RestorePoint::At(at) => layers
+                .into_iter()
+                .rev()
+                .find(|l| l.manifest.cut_at <= *at)
+                .ok_or_else(none),
         }
     }
 
     /// Starts a restore on a thread of its own and returns its progress.
-    pub(super) fn start_restore(self: &Arc<Self>, request: RestoreRequest) -> Result<Stream<RestoreProgress>, EngineError> {
+    pub(super) fn start_restore(
+        self: &Arc<Self>,
+        request: RestoreRequest,
+    ) -> Result<Stream<RestoreProgress>, EngineError> {
         let layer = self.point(&request)?;
         let (sender, receiver) = mpsc::channel(BACKLOG);
         let agent = self.clone();
@@ -66,7 +78,9 @@ impl Agent {
                 // A caller that went away has cancelled the restore already.
                 let _ = sender.blocking_send(outcome);
             })
-            .map_err(|e| EngineError::new(ErrorKind::Internal, format!("no thread for a restore: {e}")))?;
+            .map_err(|e| {
+                EngineError::new(ErrorKind::Internal, format!("no thread for a restore: {e}"))
+            })?;
         Ok(ReceiverStream::new(receiver).boxed())
     }
 
@@ -88,19 +102,35 @@ impl Agent {
             bytes_equal: stats.bytes_unchanged,
             bytes_zeroed: stats.bytes_zeroed,
         };
-        let _ = sender.blocking_send(Ok(report(RestorePhase::Planning, 0, RestoreStats::default())));
+        let _ = sender.blocking_send(Ok(report(
+            RestorePhase::Planning,
+            0,
+            RestoreStats::default(),
+        )));
         let image = self
             .store
-            .image(&request.group, &request.volume, Some(layer.manifest.sequence))
+            .image(
+                &request.group,
+                &request.volume,
+                Some(layer.manifest.sequence),
+            )
             .map_err(layer_error)?;
         let plan = plan(image.index(), &[]);
-        let device = std::fs::metadata(&request.target).is_ok_and(|meta| meta.file_type().is_block_device());
+        let device =
+            std::fs::metadata(&request.target).is_ok_and(|meta| meta.file_type().is_block_device());
         let target: Box<dyn Target> = if device {
             Box::new(DeviceTarget::open(&request.target, bytes).map_err(restore_error)?)
         } else {
-            Box::new(FileTarget::open(&request.target, bytes, request.differential).map_err(restore_error)?)
+            Box::new(
+                FileTarget::open(&request.target, bytes, request.differential)
+                    .map_err(restore_error)?,
+            )
         };
-        let mode = if request.differential { Mode::Differential } else { Mode::Full };
+        let mode = if request.differential {
+            Mode::Differential
+        } else {
+            Mode::Full
+        };
         let staged: Box<dyn StagedBlocks + '_> = match &self.area {
             Some(area) => Box::new(Staged(area)),
             None => Box::new(NoStaging),
@@ -109,7 +139,11 @@ impl Agent {
             if sender.is_closed() || self.stopping() {
                 return ControlFlow::Break(());
             }
-            let _ = sender.try_send(Ok(report(RestorePhase::Writing, progress.bytes_done, RestoreStats::default())));
+            let _ = sender.try_send(Ok(report(
+                RestorePhase::Writing,
+                progress.bytes_done,
+                RestoreStats::default(),
+            )));
             ControlFlow::Continue(())
         })
         .map_err(restore_error)?;
@@ -130,7 +164,11 @@ impl Agent {
         volume: Option<String>,
     ) -> Result<Stream<VerifyEvent>, EngineError> {
         let manifests = self.store.manifests(&group).map_err(layer_error)?;
-        let total: u64 = manifests.iter().flat_map(|m| &m.volumes).map(|layer| layer.bytes_stored).sum();
+        let total: u64 = manifests
+            .iter()
+            .flat_map(|m| &m.volumes)
+            .map(|layer| layer.bytes_stored)
+            .sum();
         let (sender, receiver) = mpsc::channel(BACKLOG);
         let agent = self.clone();
         std::thread::Builder::new()
@@ -151,7 +189,9 @@ impl Agent {
                     }
                 };
                 let concerns = |d: &&crate::layer::Damage| {
-                    volume.as_ref().is_none_or(|v| d.volume.as_ref().is_none_or(|of| of == v))
+                    volume
+                        .as_ref()
+                        .is_none_or(|v| d.volume.as_ref().is_none_or(|of| of == v))
                 };
                 let problems: Vec<_> = report.damages.iter().filter(concerns).collect();
                 for damage in &problems {
@@ -171,7 +211,12 @@ impl Agent {
                     problems: problems.len() as u64,
                 }));
             })
-            .map_err(|e| EngineError::new(ErrorKind::Internal, format!("no thread for a verification: {e}")))?;
+            .map_err(|e| {
+                EngineError::new(
+                    ErrorKind::Internal,
+                    format!("no thread for a verification: {e}"),
+                )
+            })?;
         Ok(ReceiverStream::new(receiver).boxed())
     }
 }

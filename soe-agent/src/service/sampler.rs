@@ -45,16 +45,29 @@ impl Direction {
         self.fresh_regions += after.fresh_regions.wrapping_sub(before.fresh_regions);
         self.repeated += after.repeated.wrapping_sub(before.repeated);
         self.latency_sum += after.latency_sum.wrapping_sub(before.latency_sum);
-        for (sum, (b, a)) in self.latency.iter_mut().zip(before.latency.iter().zip(&after.latency)) {
+        for (sum, (b, a)) in self
+            .latency
+            .iter_mut()
+            .zip(before.latency.iter().zip(&after.latency))
+        {
             *sum += u64::from(a.wrapping_sub(*b));
         }
-        for (sum, (b, a)) in self.seek.iter_mut().zip(before.seek.iter().zip(&after.seek)) {
+        for (sum, (b, a)) in self
+            .seek
+            .iter_mut()
+            .zip(before.seek.iter().zip(&after.seek))
+        {
             *sum += u64::from(a.wrapping_sub(*b));
         }
     }
 
     fn window(&self) -> DirectionStats {
-        DirectionStats::measured(self.ops, self.bytes, LogHistogram::from_counts(&self.latency), None)
+        DirectionStats::measured(
+            self.ops,
+            self.bytes,
+            LogHistogram::from_counts(&self.latency),
+            None,
+        )
     }
 }
 
@@ -65,7 +78,11 @@ fn median_octave(octaves: impl Iterator<Item = u64> + Clone) -> Option<u64> {
     for (octave, count) in octaves.enumerate() {
         seen += count;
         if seen * 2 >= total && total > 0 {
-            return Some(if octave == 0 { 0 } else { (1u64 << (octave - 1)) * SECTOR_SIZE });
+            return Some(if octave == 0 {
+                0
+            } else {
+                (1u64 << (octave - 1)) * SECTOR_SIZE
+            });
         }
     }
     None

@@ -36,7 +36,15 @@ impl<'a> StoreSink<'a> {
         clock: &'a dyn Clock,
         facts: Vec<VolumeFacts>,
     ) -> Self {
-        Self { store, group, clock, facts, kinds: Vec::new(), attempt: None, manifest: None }
+        Self {
+            store,
+            group,
+            clock,
+            facts,
+            kinds: Vec::new(),
+            attempt: None,
+            manifest: None,
+        }
     }
 }
 
@@ -80,7 +88,12 @@ impl LayerSink for StoreSink<'_> {
         Ok(())
     }
 
-    fn put_block(&mut self, volume: usize, block: BlockIndex, data: &[u8]) -> Result<(), SinkError> {
+    fn put_block(
+        &mut self,
+        volume: usize,
+        block: BlockIndex,
+        data: &[u8],
+    ) -> Result<(), SinkError> {
         let attempt = self.attempt.as_mut().ok_or_else(no_attempt)?;
         match self.kinds.get(volume) {
             Some(layer::LayerKind::Rescan) => attempt.put_if_different(volume, block, data)?,
@@ -91,7 +104,12 @@ impl LayerSink for StoreSink<'_> {
 
     fn commit(&mut self, cut: &GroupCut) -> Result<(), SinkError> {
         let attempt = self.attempt.take().ok_or_else(no_attempt)?;
-        let level = cut.volumes.iter().map(|volume| volume.level).min().unwrap_or(capture::Level::Crash);
+        let level = cut
+            .volumes
+            .iter()
+            .map(|volume| volume.level)
+            .min()
+            .unwrap_or(capture::Level::Crash);
         let record = layer::CutRecord {
             level: match level {
                 capture::Level::Crash => CutLevel::Crash,

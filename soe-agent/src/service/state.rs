@@ -66,8 +66,18 @@ pub enum StateError {
         /// Why.
         source: io::Error,
     },
+    /// Another agent works with the folder.
+    #[error(
+        "another agent works with the state directory {path}; stop it, or give this one its own ([agent] state_dir)"
+    )]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+    },
     /// It is not what this version wrote.
-    #[error("state file {path} is damaged ({reason}); the layers are not affected: move it away and create the groups again")]
+    #[error(
+        "state file {path} is damaged ({reason}); the layers are not affected: move it away and create the groups again"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -83,6 +93,30 @@ pub fn boot_id() -> String {
         .unwrap_or_default()
 }
 
+/// The lock of a state directory, held until dropped or the process ends.
+#[derive(Debug)]
+pub struct StateLock(#[expect(dead_code, reason = "the open file is the lock")] File);
+
+impl StateLock {
+    /// Takes the lock of the directory `dir`.
+    ///
+    /// # Errors
+    /// [`StateError::InUse`] when another process has it.
+    pub fn take(dir: &Path) -> Result<Self, StateError> {
+        let path = dir.join("lock");
+        let failed = |what| {
+            let path = path.clone();
+            move |source| StateError::Io { path, what, source }
+        };
+        let file = File::create(&path).map_err(failed("create"))?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(StateError::InUse { path: dir.into() }),
+            Err(error) => Err(failed("lock")(error.into())),
+        }
+    }
+}
+
 impl State {
     /// Reads the state; a missing file is an empty state.
     pub fn load(path: &Path) -> Result<Self, StateError> {
@@ -90,36 +124,72 @@ impl State {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(source) => {
-                return Err(StateError::Io { path: path.into(), what: "read", source });
+                return Err(StateError::Io {
+                    path: path.into(),
+                    what: "read",
+                    source,
+                });
             }
         };
-        let damaged = |reason: String| StateError::Damaged { path: path.into(), reason };
+        let damaged = |reason: String| StateError::Damaged {
+            path: path.into(),
+            reason,
+        };
         let state: Self = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
         if state.version != VERSION {
-            return Err(damaged(format!("it has version {}, this agent knows {VERSION}", state.version)));
+            return Err(damaged(format!(
+                "it has version {}, this agent knows {VERSION}",
+                state.version
+            )));
         }
         Ok(state)
     }
 
     /// Writes the state so that a crash leaves the old or the new one.
     pub fn save(&self, path: &Path) -> Result<(), StateError> {
-        let failed = |what| move |source| StateError::Io { path: path.to_owned(), what, source };
-        let state = Self { version: VERSION, boot_id: boot_id(), ..self.clone() };
-        let bytes = serde_json::to_vec_pretty(&state)
-            .map_err(|e| StateError::Damaged { path: path.into(), reason: e.to_string() })?;
+        let failed = |what| {
+            move |source| StateError::Io {
+                path: path.to_owned(),
+                what,
+                source,
+            }
+        };
+        let state = Self {
+            version: VERSION,
+            boot_id: boot_id(),
+            ..self.clone()
+        };
+        let bytes = serde_json::to_vec_pretty(&state).map_err(|e| StateError::Damaged {
+            path: path.into(),
+            reason: e.to_string(),
+        })?;
         let temporary = path.with_extension("tmp");
         let mut file = File::create(&temporary).map_err(failed("create"))?;
         file.write_all(&bytes).map_err(failed("write"))?;
         file.sync_all().map_err(failed("fsync"))?;
         std::fs::rename(&temporary, path).map_err(failed("rename"))?;
         let folder = path.parent().unwrap_or(Path::new("/"));
-        File::open(folder).and_then(|f| f.sync_all()).map_err(failed("fsync of its folder"))
+        File::open(folder)
+            .and_then(|f| f.sync_all())
+            .map_err(failed("fsync of its folder"))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_directory_has_one_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = StateLock::take(dir.path()).unwrap();
+        assert!(matches!(
+            StateLock::take(dir.path()),
+            Err(StateError::InUse { .. })
+        ));
+        drop(held);
+        StateLock::take(dir.path()).unwrap();
+    }
 
     #[test]
     fn a_missing_file_is_empty_and_a_damaged_one_is_an_error() {
@@ -131,6 +201,11 @@ mod tests {
         let mut bytes = std::fs::read(&path).unwrap();
         bytes.truncate(bytes.len() / 2);
         std::fs::write(&path, bytes).unwrap();
-        assert!(State::load(&path).unwrap_err().to_string().contains("damaged"));
+        assert!(
+            State::load(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("damaged")
+        );
     }
 }

@@ -60,17 +60,27 @@ fn row(event: &IoEvent, entry: &Entry, to_wall: i64) -> Option<IoRecord> {
 
 impl Agent {
     /// Records for `duration`, or until the agent stops.
-    pub(super) fn record_trace_now(self: &Arc<Self>, volume: &str, duration: Duration) -> Result<TraceReport, EngineError> {
+    pub(super) fn record_trace_now(
+        self: &Arc<Self>,
+        volume: &str,
+        duration: Duration,
+    ) -> Result<TraceReport, EngineError> {
         let entry = self.entry(volume).ok_or_else(|| {
-            EngineError::not_found(format!("{volume} is in no group; only volumes of groups can be recorded"))
+            EngineError::not_found(format!(
+                "{volume} is in no group; only volumes of groups can be recorded"
+            ))
         })?;
         if duration > LONGEST {
             return Err(EngineError::invalid("a recording lasts a day at most"));
         }
-        let internal = |e: &dyn std::error::Error| EngineError::new(ErrorKind::Internal, e.to_string());
+        let internal =
+            |e: &dyn std::error::Error| EngineError::new(ErrorKind::Internal, e.to_string());
         let mut recording = lock(&self.recording);
         if *recording {
-            return Err(EngineError::new(ErrorKind::Conflict, "another volume is being recorded; wait until it has ended"));
+            return Err(EngineError::new(
+                ErrorKind::Conflict,
+                "another volume is being recorded; wait until it has ended",
+            ));
         }
         *recording = true;
         drop(recording);
@@ -82,8 +92,15 @@ impl Agent {
         outcome.map_err(|e| internal(&e))
     }
 
-    fn record(&self, entry: &Entry, duration: Duration) -> Result<TraceReport, super::ServiceError> {
-        let ring = |source| super::ServiceError::Process { what: "mapping the ring buffer of records", source };
+    fn record(
+        &self,
+        entry: &Entry,
+        duration: Duration,
+    ) -> Result<TraceReport, super::ServiceError> {
+        let ring = |source| super::ServiceError::Process {
+            what: "mapping the ring buffer of records",
+            source,
+        };
         let mut reader = RingReader::new(self.tracker.events()).map_err(ring)?;
         // What an earlier recording left behind.
         reader.drain(&mut |_| {});
@@ -112,11 +129,14 @@ impl Agent {
         }
         let now = self.tracker.trace_books()?;
         let dropped = now.dropped - books.dropped;
-        self.history.note_dropped_events(crate::history::Table::IoTrace, dropped);
+        self.history
+            .note_dropped_events(crate::history::Table::IoTrace, dropped);
         self.history.flush()?;
-        for (result, count) in
-            [("seen", now.written - books.written), ("rejected", now.unmatched - books.unmatched), ("dropped", dropped)]
-        {
+        for (result, count) in [
+            ("seen", now.written - books.written),
+            ("rejected", now.unmatched - books.unmatched),
+            ("dropped", dropped),
+        ] {
             self.metrics.observe_events.with([result]).inc_by(count);
         }
         Ok(TraceReport {
@@ -124,7 +144,10 @@ impl Agent {
             records,
             dropped,
             sampled_out: 0,
-            window: TimeWindow { start: started, end: self.clock.now() },
+            window: TimeWindow {
+                start: started,
+                end: self.clock.now(),
+            },
             files: vec![self.history.dir().join("io_trace").display().to_string()],
         })
     }

@@ -49,13 +49,17 @@ pub enum StageError {
     #[error(transparent)]
     Track(#[from] TrackError),
     /// No moment without writes in flight came.
-    #[error("staging of {volume}: writes were in flight all the time, so a copy could not be proven coherent; it will be tried again")]
+    #[error(
+        "staging of {volume}: writes were in flight all the time, so a copy could not be proven coherent; it will be tried again"
+    )]
     Busy {
         /// The volume.
         volume: String,
     },
     /// The map became unusable while blocks were copied.
-    #[error("staging of {volume}: change tracking missed something, so all its staged blocks were dropped")]
+    #[error(
+        "staging of {volume}: change tracking missed something, so all its staged blocks were dropped"
+    )]
     Missed {
         /// The volume.
         volume: String,
@@ -116,7 +120,10 @@ impl Room {
     }
 
     fn give(&mut self, at: u64, len: u32) {
-        self.free.entry(len.next_multiple_of(4096)).or_default().push(at);
+        self.free
+            .entry(len.next_multiple_of(4096))
+            .or_default()
+            .push(at);
     }
 }
 
@@ -131,10 +138,18 @@ struct Inner {
 
 impl Inner {
     fn drop_block(&mut self, volume: &str, block: u64) -> u64 {
-        let Some(staged) = self.volumes.get_mut(volume).and_then(|v| v.blocks.remove(&block)) else {
+        let Some(staged) = self
+            .volumes
+            .get_mut(volume)
+            .and_then(|v| v.blocks.remove(&block))
+        else {
             return 0;
         };
-        if self.by_hash.get(&staged.hash).is_some_and(|(v, b)| v == volume && *b == block) {
+        if self
+            .by_hash
+            .get(&staged.hash)
+            .is_some_and(|(v, b)| v == volume && *b == block)
+        {
             self.by_hash.remove(&staged.hash);
         }
         self.room.give(staged.at, staged.len);
@@ -167,7 +182,12 @@ impl StageArea {
         if file.metadata().map_err(failed("stat"))?.is_file() {
             file.set_len(0).map_err(failed("truncate"))?;
         }
-        Ok(Self { path: path.into(), file, budget, inner: Mutex::default() })
+        Ok(Self {
+            path: path.into(),
+            file,
+            budget,
+            inner: Mutex::default(),
+        })
     }
 
     /// Bytes that may be staged over all volumes.
@@ -205,7 +225,13 @@ impl StageArea {
         let unit = u64::from(map.block_size());
         self.drop_stale(map)?;
         let (epoch, misses) = self.prove_drained(map, clock)?;
-        let wanted = self.admit(&volume, ranges, unit, map.volume_bytes(), budget.min(self.budget));
+        let wanted = self.admit(
+            &volume,
+            ranges,
+            unit,
+            map.volume_bytes(),
+            budget.min(self.budget),
+        );
         // What was written since the drain is about to be written again.
         let moving: BTreeSet<u64> = blocks_of(&map.changed_since(epoch)?, unit).collect();
         let to_copy: Vec<ByteRange> = wanted
@@ -218,12 +244,15 @@ impl StageArea {
             .collect();
         {
             let mut inner = self.inner();
-            inner.volumes.entry(volume.clone()).or_insert_with(|| VolumeStage {
-                generation: map.generation(),
-                misses,
-                blocks: BTreeMap::new(),
-                invalidated: 0,
-            });
+            inner
+                .volumes
+                .entry(volume.clone())
+                .or_insert_with(|| VolumeStage {
+                    generation: map.generation(),
+                    misses,
+                    blocks: BTreeMap::new(),
+                    invalidated: 0,
+                });
         }
         let mut written = Ok(true);
         let copied = reader.read(&to_copy, map.block_size(), pace, &mut |offset, bytes| {
@@ -238,7 +267,10 @@ impl StageArea {
         written.map(drop)?;
         match copied {
             Err(error) if error.kind() != io::ErrorKind::Interrupted && !full => {
-                return Err(StageError::Origin { volume, source: error });
+                return Err(StageError::Origin {
+                    volume,
+                    source: error,
+                });
             }
             _ => {}
         }
@@ -251,7 +283,11 @@ impl StageArea {
     }
 
     /// Begins an epoch at whose beginning nothing was in flight.
-    fn prove_drained(&self, map: &dyn ChangeMap, clock: &dyn Clock) -> Result<(Epoch, Misses), StageError> {
+    fn prove_drained(
+        &self,
+        map: &dyn ChangeMap,
+        clock: &dyn Clock,
+    ) -> Result<(Epoch, Misses), StageError> {
         for _ in 0..DRAIN_TRIES {
             let epoch = map.bump()?;
             map.grace()?;
@@ -261,15 +297,27 @@ impl StageArea {
             }
             clock.sleep(DRAIN_WAIT);
         }
-        Err(StageError::Busy { volume: map.volume().to_string() })
+        Err(StageError::Busy {
+            volume: map.volume().to_string(),
+        })
     }
 
     /// Chooses the blocks to copy and makes room: staged blocks that are no longer wanted go.
-    fn admit(&self, volume: &str, ranges: &[ByteRange], unit: u64, end: u64, budget: u64) -> Vec<u64> {
+    fn admit(
+        &self,
+        volume: &str,
+        ranges: &[ByteRange],
+        unit: u64,
+        end: u64,
+        budget: u64,
+    ) -> Vec<u64> {
         let mut wanted = Vec::new();
         let mut seen = BTreeSet::new();
         let mut bytes = 0;
-        for block in ranges.iter().flat_map(|range| blocks_of(std::slice::from_ref(range), unit)) {
+        for block in ranges
+            .iter()
+            .flat_map(|range| blocks_of(std::slice::from_ref(range), unit))
+        {
             if block * unit >= end || bytes + unit > budget {
                 continue;
             }
@@ -295,7 +343,13 @@ impl StageArea {
     }
 
     /// Writes one block into the area. False when there is no room.
-    fn put(&self, volume: &str, block: u64, bytes: &[u8], epoch: Epoch) -> Result<bool, StageError> {
+    fn put(
+        &self,
+        volume: &str,
+        block: u64,
+        bytes: &[u8],
+        epoch: Epoch,
+    ) -> Result<bool, StageError> {
         // Holes cost nothing to restore.
         if bytes.iter().all(|&b| b == 0) {
             return Ok(true);
@@ -315,7 +369,16 @@ impl StageArea {
             inner.room.give(at, len);
             return Ok(true);
         };
-        stage.blocks.insert(block, Staged { at, len, epoch, hash, used: false });
+        stage.blocks.insert(
+            block,
+            Staged {
+                at,
+                len,
+                epoch,
+                hash,
+                used: false,
+            },
+        );
         inner.by_hash.insert(hash, (volume.into(), block));
         Ok(true)
     }
@@ -341,7 +404,11 @@ impl StageArea {
     }
 
     fn healthy(&self, map: &dyn ChangeMap) -> Result<bool, StageError> {
-        let known = self.inner().volumes.get(map.volume()).map(|stage| (stage.generation, stage.misses));
+        let known = self
+            .inner()
+            .volumes
+            .get(map.volume())
+            .map(|stage| (stage.generation, stage.misses));
         let Some((generation, misses)) = known else {
             return Ok(true);
         };
@@ -384,7 +451,11 @@ impl StageArea {
             BTreeSet::new()
         };
         let inner = self.inner();
-        let mut stats = StageStats { hits: inner.hits, misses: inner.lookups - inner.hits, ..StageStats::default() };
+        let mut stats = StageStats {
+            hits: inner.hits,
+            misses: inner.lookups - inner.hits,
+            ..StageStats::default()
+        };
         if let Some(stage) = inner.volumes.get(map.volume()) {
             stats.invalidated_bytes = stage.invalidated;
             for (block, staged) in &stage.blocks {
@@ -398,14 +469,19 @@ impl StageArea {
     }
 
     fn staged_bytes(&self, volume: &str) -> u64 {
-        self.inner().volumes.get(volume).map_or(0, |stage| stage.blocks.values().map(|b| u64::from(b.len)).sum())
+        self.inner().volumes.get(volume).map_or(0, |stage| {
+            stage.blocks.values().map(|b| u64::from(b.len)).sum()
+        })
     }
 
     /// Forgets everything staged of a volume.
     pub fn drop_volume(&self, volume: &str) {
         let mut inner = self.inner();
-        let blocks: Vec<u64> =
-            inner.volumes.get(volume).map(|stage| stage.blocks.keys().copied().collect()).unwrap_or_default();
+        let blocks: Vec<u64> = inner
+            .volumes
+            .get(volume)
+            .map(|stage| stage.blocks.keys().copied().collect())
+            .unwrap_or_default();
         for block in blocks {
             inner.drop_block(volume, block);
         }
@@ -422,7 +498,11 @@ impl StageArea {
         let Some((volume, block)) = inner.by_hash.get(hash).cloned() else {
             return false;
         };
-        let Some(staged) = inner.volumes.get_mut(&volume).and_then(|stage| stage.blocks.get_mut(&block)) else {
+        let Some(staged) = inner
+            .volumes
+            .get_mut(&volume)
+            .and_then(|stage| stage.blocks.get_mut(&block))
+        else {
             return false;
         };
         if staged.len as usize != buf.len() || self.file.read_exact_at(buf, staged.at).is_err() {

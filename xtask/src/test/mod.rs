@@ -22,6 +22,8 @@ use crate::{ebpf, place, run, setup};
 const MODEL: &str = "tests/loom/Cargo.toml";
 const FORMAT_LIMIT: Duration = Duration::from_secs(120);
 const LINT_LIMIT: Duration = Duration::from_secs(1800);
+/// A cold build of everything, with margin for a slow machine.
+const BUILD_LIMIT: Duration = Duration::from_secs(3000);
 const DOCTEST_LIMIT: Duration = Duration::from_secs(900);
 /// One test program on this machine.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(600);
@@ -85,6 +87,11 @@ pub fn command(args: &Args) -> Result<i32> {
 
     let mut targets = Vec::new();
     let built = ledger.step("build of the tests", || {
+        // Tests of the whole agent run the program that lies beside them.
+        cargo(
+            &["build", "--quiet", "--package", "soe-agent", "--bins"],
+            BUILD_LIMIT,
+        )?;
         targets = targets::build(&["--workspace"])?;
         Ok(())
     });

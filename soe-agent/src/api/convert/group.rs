@@ -1,7 +1,9 @@
 //! Groups.
 
 use super::{WireError, criticality, pb, required, rescan, tracking, uuid};
-use crate::api::types::{Criticality, GroupSpec, GroupStatus, GroupUpdate, HostMetadata, HostUpdate, VolumeStatus};
+use crate::api::types::{
+    Criticality, GroupSpec, GroupStatus, GroupUpdate, HostMetadata, HostUpdate, VolumeStatus,
+};
 
 impl From<GroupSpec> for pb::CreateSnapshotGroupRequest {
     fn from(s: GroupSpec) -> Self {
@@ -157,8 +159,16 @@ impl TryFrom<pb::GroupStatus> for GroupStatus {
             created_at: g.created_at_unix_ns,
             missed_pause_budgets: g.missed_pause_budgets,
             last_error: g.last_error,
-            hosts: g.hosts.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
-            volumes: g.volumes.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            hosts: g
+                .hosts
+                .into_iter()
+                .map(TryInto::try_into)
+                .collect::<Result<_, _>>()?,
+            volumes: g
+                .volumes
+                .into_iter()
+                .map(TryInto::try_into)
+                .collect::<Result<_, _>>()?,
         })
     }
 }

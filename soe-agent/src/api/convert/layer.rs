@@ -4,7 +4,9 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use super::{WireError, kind, level, method, pb, phase, required, rescan, uuid};
-use crate::api::types::{LayerDetail, LayerInfo, RestorePoint, RestoreProgress, RestoreRequest, VerifyEvent};
+use crate::api::types::{
+    LayerDetail, LayerInfo, RestorePoint, RestoreProgress, RestoreRequest, VerifyEvent,
+};
 
 impl From<LayerInfo> for pb::LayerInfo {
     fn from(l: LayerInfo) -> Self {
@@ -96,15 +98,35 @@ impl From<VerifyEvent> for pb::VerifyEvent {
     fn from(event: VerifyEvent) -> Self {
         use pb::verify_event::Event as Wire;
         let event = match event {
-            VerifyEvent::Progress { layer, bytes_checked, bytes_total } => {
-                Wire::Progress(pb::VerifyProgress { layer, bytes_checked, bytes_total })
-            }
-            VerifyEvent::Problem { layer, volume, what } => {
-                Wire::Problem(pb::VerifyProblem { layer, volume, what })
-            }
-            VerifyEvent::Summary { layers, blocks, bytes, problems } => {
-                Wire::Summary(pb::VerifySummary { layers, blocks, bytes, problems })
-            }
+            VerifyEvent::Progress {
+                layer,
+                bytes_checked,
+                bytes_total,
+            } => Wire::Progress(pb::VerifyProgress {
+                layer,
+                bytes_checked,
+                bytes_total,
+            }),
+            VerifyEvent::Problem {
+                layer,
+                volume,
+                what,
+            } => Wire::Problem(pb::VerifyProblem {
+                layer,
+                volume,
+                what,
+            }),
+            VerifyEvent::Summary {
+                layers,
+                blocks,
+                bytes,
+                problems,
+            } => Wire::Summary(pb::VerifySummary {
+                layers,
+                blocks,
+                bytes,
+                problems,
+            }),
         };
         Self { event: Some(event) }
     }
@@ -116,13 +138,22 @@ impl TryFrom<pb::VerifyEvent> for VerifyEvent {
     fn try_from(event: pb::VerifyEvent) -> Result<Self, WireError> {
         use pb::verify_event::Event as Wire;
         Ok(match required(event.event, "event")? {
-            Wire::Progress(p) => {
-                Self::Progress { layer: p.layer, bytes_checked: p.bytes_checked, bytes_total: p.bytes_total }
-            }
-            Wire::Problem(p) => Self::Problem { layer: p.layer, volume: p.volume, what: p.what },
-            Wire::Summary(s) => {
-                Self::Summary { layers: s.layers, blocks: s.blocks, bytes: s.bytes, problems: s.problems }
-            }
+            Wire::Progress(p) => Self::Progress {
+                layer: p.layer,
+                bytes_checked: p.bytes_checked,
+                bytes_total: p.bytes_total,
+            },
+            Wire::Problem(p) => Self::Problem {
+                layer: p.layer,
+                volume: p.volume,
+                what: p.what,
+            },
+            Wire::Summary(s) => Self::Summary {
+                layers: s.layers,
+                blocks: s.blocks,
+                bytes: s.bytes,
+                problems: s.problems,
+            },
         })
     }
 }

@@ -11,7 +11,9 @@ mod watch;
 use uuid::Uuid;
 
 use super::pb;
-use super::types::{ConsistencyLevel, Criticality, CutMethod, LayerKind, RestorePhase, TimeWindow, TrackingState};
+use super::types::{
+    ConsistencyLevel, Criticality, CutMethod, LayerKind, RestorePhase, TimeWindow, TrackingState,
+};
 use crate::seam::{ByteRange, GenerationEnd};
 
 /// A message that does not say what it must.
@@ -38,7 +40,8 @@ pub(super) fn required<T>(value: Option<T>, field: &'static str) -> Result<T, Wi
 }
 
 pub(super) fn uuid(text: Option<String>, field: &'static str) -> Result<Option<Uuid>, WireError> {
-    text.map(|t| Uuid::try_parse(&t).map_err(|_| WireError::Unknown { field, value: t })).transpose()
+    text.map(|t| Uuid::try_parse(&t).map_err(|_| WireError::Unknown { field, value: t }))
+        .transpose()
 }
 
 /// Maps a plain enum and a protobuf enum whose values have the same names. An unspecified value is
@@ -74,18 +77,63 @@ macro_rules! map_enum {
     };
 }
 
-map_enum!(kind, LayerKind, pb::LayerKind, "kind", [Baseline, Differential]);
-map_enum!(level, ConsistencyLevel, pb::ConsistencyLevel, "level", [Crash, Filesystem, Application]);
-map_enum!(method, CutMethod, pb::CutMethod, "method", [Optimistic, Freeze, Native, Suspend]);
-map_enum!(tracking, TrackingState, pb::TrackingState, "tracking", [Complete, Tainted, Detached]);
-map_enum!(criticality, Criticality, pb::Criticality, "criticality", [Low, Normal, High]);
-map_enum!(phase, RestorePhase, pb::RestorePhase, "phase", [Planning, Writing, Syncing, Done]);
+map_enum!(
+    kind,
+    LayerKind,
+    pb::LayerKind,
+    "kind",
+    [Baseline, Differential]
+);
+map_enum!(
+    level,
+    ConsistencyLevel,
+    pb::ConsistencyLevel,
+    "level",
+    [Crash, Filesystem, Application]
+);
+map_enum!(
+    method,
+    CutMethod,
+    pb::CutMethod,
+    "method",
+    [Optimistic, Freeze, Native, Suspend]
+);
+map_enum!(
+    tracking,
+    TrackingState,
+    pb::TrackingState,
+    "tracking",
+    [Complete, Tainted, Detached]
+);
+map_enum!(
+    criticality,
+    Criticality,
+    pb::Criticality,
+    "criticality",
+    [Low, Normal, High]
+);
+map_enum!(
+    phase,
+    RestorePhase,
+    pb::RestorePhase,
+    "phase",
+    [Planning, Writing, Syncing, Done]
+);
 map_enum!(
     rescan,
     GenerationEnd,
     pb::RescanReason,
     "rescan_reason",
-    [First, GapBoot, GapMiss, Resize, Remapped, Passthrough, CounterMismatch, AuditFail]
+    [
+        First,
+        GapBoot,
+        GapMiss,
+        Resize,
+        Remapped,
+        Passthrough,
+        CounterMismatch,
+        AuditFail
+    ]
 );
 
 /// The wire value of an optional layer kind.
@@ -100,19 +148,28 @@ pub fn layer_kind_from_pb(value: i32) -> Result<Option<LayerKind>, WireError> {
 
 impl From<TimeWindow> for pb::TimeWindow {
     fn from(w: TimeWindow) -> Self {
-        Self { start_unix_ns: w.start, end_unix_ns: w.end }
+        Self {
+            start_unix_ns: w.start,
+            end_unix_ns: w.end,
+        }
     }
 }
 
 impl From<pb::TimeWindow> for TimeWindow {
     fn from(w: pb::TimeWindow) -> Self {
-        Self { start: w.start_unix_ns, end: w.end_unix_ns }
+        Self {
+            start: w.start_unix_ns,
+            end: w.end_unix_ns,
+        }
     }
 }
 
 impl From<ByteRange> for pb::Extent {
     fn from(r: ByteRange) -> Self {
-        Self { offset_bytes: r.offset, length_bytes: r.len }
+        Self {
+            offset_bytes: r.offset,
+            length_bytes: r.len,
+        }
     }
 }
 

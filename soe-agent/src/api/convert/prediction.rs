@@ -1,7 +1,9 @@
 //! Forecasts, models, decisions.
 
 use super::{WireError, pb, required};
-use crate::api::types::{Decision, ForecastPoint, ForecastReport, MemberScore, ModelReport, Prediction};
+use crate::api::types::{
+    Decision, ForecastPoint, ForecastReport, MemberScore, ModelReport, Prediction,
+};
 
 impl From<Prediction> for pb::Prediction {
     fn from(p: Prediction) -> Self {
@@ -31,27 +33,67 @@ impl From<pb::Prediction> for Prediction {
 
 impl From<Decision> for pb::Decision {
     fn from(d: Decision) -> Self {
-        Self { at_unix_ns: d.at, action: d.action, reason: d.reason }
+        Self {
+            at_unix_ns: d.at,
+            action: d.action,
+            reason: d.reason,
+        }
     }
 }
 
 impl From<pb::Decision> for Decision {
     fn from(d: pb::Decision) -> Self {
-        Self { at: d.at_unix_ns, action: d.action, reason: d.reason }
+        Self {
+            at: d.at_unix_ns,
+            action: d.action,
+            reason: d.reason,
+        }
     }
 }
 
 impl From<ForecastPoint> for pb::ForecastPoint {
     fn from(p: ForecastPoint) -> Self {
-        let ForecastPoint { start, q10, q50, q80, q90, q95, q99 } = p;
-        Self { start_unix_ns: start, q10, q50, q80, q90, q95, q99 }
+        let ForecastPoint {
+            start,
+            q10,
+            q50,
+            q80,
+            q90,
+            q95,
+            q99,
+        } = p;
+        Self {
+            start_unix_ns: start,
+            q10,
+            q50,
+            q80,
+            q90,
+            q95,
+            q99,
+        }
     }
 }
 
 impl From<pb::ForecastPoint> for ForecastPoint {
     fn from(p: pb::ForecastPoint) -> Self {
-        let pb::ForecastPoint { start_unix_ns, q10, q50, q80, q90, q95, q99 } = p;
-        Self { start: start_unix_ns, q10, q50, q80, q90, q95, q99 }
+        let pb::ForecastPoint {
+            start_unix_ns,
+            q10,
+            q50,
+            q80,
+            q90,
+            q95,
+            q99,
+        } = p;
+        Self {
+            start: start_unix_ns,
+            q10,
+            q50,
+            q80,
+            q90,
+            q95,
+            q99,
+        }
     }
 }
 
@@ -83,13 +125,21 @@ impl TryFrom<pb::ForecastReport> for ForecastReport {
 
 impl From<MemberScore> for pb::MemberScore {
     fn from(m: MemberScore) -> Self {
-        Self { member: m.member, quantile_loss: m.quantile_loss, matured: m.matured }
+        Self {
+            member: m.member,
+            quantile_loss: m.quantile_loss,
+            matured: m.matured,
+        }
     }
 }
 
 impl From<pb::MemberScore> for MemberScore {
     fn from(m: pb::MemberScore) -> Self {
-        Self { member: m.member, quantile_loss: m.quantile_loss, matured: m.matured }
+        Self {
+            member: m.member,
+            quantile_loss: m.quantile_loss,
+            matured: m.matured,
+        }
     }
 }
 

@@ -6,7 +6,9 @@ use crate::seam::ByteRange;
 
 impl From<Vec<GroupStatus>> for pb::ListSnapshotGroupsResponse {
     fn from(groups: Vec<GroupStatus>) -> Self {
-        Self { groups: groups.into_iter().map(Into::into).collect() }
+        Self {
+            groups: groups.into_iter().map(Into::into).collect(),
+        }
     }
 }
 
@@ -18,25 +20,33 @@ impl From<u64> for pb::DeleteSnapshotGroupResponse {
 
 impl From<Vec<LayerInfo>> for pb::CaptureLayerResponse {
     fn from(layers: Vec<LayerInfo>) -> Self {
-        Self { layers: layers.into_iter().map(Into::into).collect() }
+        Self {
+            layers: layers.into_iter().map(Into::into).collect(),
+        }
     }
 }
 
 impl From<Vec<LayerInfo>> for pb::ListLayersResponse {
     fn from(layers: Vec<LayerInfo>) -> Self {
-        Self { layers: layers.into_iter().map(Into::into).collect() }
+        Self {
+            layers: layers.into_iter().map(Into::into).collect(),
+        }
     }
 }
 
 impl From<Vec<ByteRange>> for pb::DiffChunk {
     fn from(ranges: Vec<ByteRange>) -> Self {
-        Self { extents: ranges.into_iter().map(Into::into).collect() }
+        Self {
+            extents: ranges.into_iter().map(Into::into).collect(),
+        }
     }
 }
 
 impl From<Vec<VolumeInfo>> for pb::ListVolumesResponse {
     fn from(volumes: Vec<VolumeInfo>) -> Self {
-        Self { volumes: volumes.into_iter().map(Into::into).collect() }
+        Self {
+            volumes: volumes.into_iter().map(Into::into).collect(),
+        }
     }
 }
 
@@ -48,6 +58,8 @@ impl From<bool> for pb::PublishEventResponse {
 
 impl From<Vec<Event>> for pb::ListEventsResponse {
     fn from(events: Vec<Event>) -> Self {
-        Self { events: events.into_iter().map(Into::into).collect() }
+        Self {
+            events: events.into_iter().map(Into::into).collect(),
+        }
     }
 }

@@ -45,21 +45,52 @@ impl TryFrom<pb::VolumeInfo> for VolumeInfo {
 
 impl From<StagingStatus> for pb::StagingStatus {
     fn from(s: StagingStatus) -> Self {
-        let StagingStatus { budget_bytes, staged_bytes, valid_bytes, used_bytes, invalidated_bytes, hit_ratio } = s;
-        Self { budget_bytes, staged_bytes, valid_bytes, used_bytes, invalidated_bytes, hit_ratio }
+        let StagingStatus {
+            budget_bytes,
+            staged_bytes,
+            valid_bytes,
+            used_bytes,
+            invalidated_bytes,
+            hit_ratio,
+        } = s;
+        Self {
+            budget_bytes,
+            staged_bytes,
+            valid_bytes,
+            used_bytes,
+            invalidated_bytes,
+            hit_ratio,
+        }
     }
 }
 
 impl From<pb::StagingStatus> for StagingStatus {
     fn from(s: pb::StagingStatus) -> Self {
-        let pb::StagingStatus { budget_bytes, staged_bytes, valid_bytes, used_bytes, invalidated_bytes, hit_ratio } = s;
-        Self { budget_bytes, staged_bytes, valid_bytes, used_bytes, invalidated_bytes, hit_ratio }
+        let pb::StagingStatus {
+            budget_bytes,
+            staged_bytes,
+            valid_bytes,
+            used_bytes,
+            invalidated_bytes,
+            hit_ratio,
+        } = s;
+        Self {
+            budget_bytes,
+            staged_bytes,
+            valid_bytes,
+            used_bytes,
+            invalidated_bytes,
+            hit_ratio,
+        }
     }
 }
 
 impl From<StageReport> for pb::StageReport {
     fn from(r: StageReport) -> Self {
-        Self { volume: r.volume, status: Some(r.status.into()) }
+        Self {
+            volume: r.volume,
+            status: Some(r.status.into()),
+        }
     }
 }
 
@@ -67,7 +98,10 @@ impl TryFrom<pb::StageReport> for StageReport {
     type Error = WireError;
 
     fn try_from(r: pb::StageReport) -> Result<Self, WireError> {
-        Ok(Self { volume: r.volume, status: required(r.status, "status")?.into() })
+        Ok(Self {
+            volume: r.volume,
+            status: required(r.status, "status")?.into(),
+        })
     }
 }
 

@@ -25,7 +25,10 @@ impl TryFrom<pb::Event> for Event {
         let data = e
             .data_json
             .map(|text| {
-                serde_json::from_str(&text).map_err(|_| WireError::Unknown { field: "data_json", value: text })
+                serde_json::from_str(&text).map_err(|_| WireError::Unknown {
+                    field: "data_json",
+                    value: text,
+                })
             })
             .transpose()?;
         Ok(Self {
@@ -43,15 +46,47 @@ impl TryFrom<pb::Event> for Event {
 
 impl From<LoadSample> for pb::LoadSample {
     fn from(s: LoadSample) -> Self {
-        let LoadSample { volume, interval_ms, read_ops, write_ops, read_bytes, write_bytes, p99_latency_us } = s;
-        Self { volume, interval_ms, read_ops, write_ops, read_bytes, write_bytes, p99_latency_us }
+        let LoadSample {
+            volume,
+            interval_ms,
+            read_ops,
+            write_ops,
+            read_bytes,
+            write_bytes,
+            p99_latency_us,
+        } = s;
+        Self {
+            volume,
+            interval_ms,
+            read_ops,
+            write_ops,
+            read_bytes,
+            write_bytes,
+            p99_latency_us,
+        }
     }
 }
 
 impl From<pb::LoadSample> for LoadSample {
     fn from(s: pb::LoadSample) -> Self {
-        let pb::LoadSample { volume, interval_ms, read_ops, write_ops, read_bytes, write_bytes, p99_latency_us } = s;
-        Self { volume, interval_ms, read_ops, write_ops, read_bytes, write_bytes, p99_latency_us }
+        let pb::LoadSample {
+            volume,
+            interval_ms,
+            read_ops,
+            write_ops,
+            read_bytes,
+            write_bytes,
+            p99_latency_us,
+        } = s;
+        Self {
+            volume,
+            interval_ms,
+            read_ops,
+            write_ops,
+            read_bytes,
+            write_bytes,
+            p99_latency_us,
+        }
     }
 }
 
@@ -61,19 +96,27 @@ impl From<WatchItem> for pb::WatchItem {
         let what = match item.event {
             WatchEvent::Load(sample) => What::Load(sample.into()),
             WatchEvent::Layer(layer) => What::Layer((*layer).into()),
-            WatchEvent::Decision { volume, decision } => {
-                What::Decision(pb::VolumeDecision { volume, decision: Some(decision.into()) })
-            }
+            WatchEvent::Decision { volume, decision } => What::Decision(pb::VolumeDecision {
+                volume,
+                decision: Some(decision.into()),
+            }),
             WatchEvent::Staging(report) => What::Staging(report.into()),
             WatchEvent::Published { published } => What::Event((*published).into()),
-            WatchEvent::Tracking { volume, tracking: state, reason } => What::Tracking(pb::TrackingChange {
+            WatchEvent::Tracking {
+                volume,
+                tracking: state,
+                reason,
+            } => What::Tracking(pb::TrackingChange {
                 volume,
                 tracking: tracking::to_pb(state),
                 reason: rescan::to_pb_or_unspecified(reason),
             }),
             WatchEvent::Missed { items } => What::Missed(items),
         };
-        Self { at_unix_ns: item.at, what: Some(what) }
+        Self {
+            at_unix_ns: item.at,
+            what: Some(what),
+        }
     }
 }
 
@@ -85,11 +128,14 @@ impl TryFrom<pb::WatchItem> for WatchItem {
         let event = match required(item.what, "what")? {
             What::Load(sample) => WatchEvent::Load(sample.into()),
             What::Layer(layer) => WatchEvent::Layer(Box::new(layer.try_into()?)),
-            What::Decision(d) => {
-                WatchEvent::Decision { volume: d.volume, decision: required(d.decision, "decision")?.into() }
-            }
+            What::Decision(d) => WatchEvent::Decision {
+                volume: d.volume,
+                decision: required(d.decision, "decision")?.into(),
+            },
             What::Staging(report) => WatchEvent::Staging(report.try_into()?),
-            What::Event(event) => WatchEvent::Published { published: Box::new(event.try_into()?) },
+            What::Event(event) => WatchEvent::Published {
+                published: Box::new(event.try_into()?),
+            },
             What::Tracking(change) => WatchEvent::Tracking {
                 volume: change.volume,
                 tracking: tracking::required(change.tracking)?,
@@ -97,6 +143,9 @@ impl TryFrom<pb::WatchItem> for WatchItem {
             },
             What::Missed(items) => WatchEvent::Missed { items },
         };
-        Ok(Self { at: item.at_unix_ns, event })
+        Ok(Self {
+            at: item.at_unix_ns,
+            event,
+        })
     }
 }

@@ -74,8 +74,9 @@ pub mod rfc3339 {
 
     /// Reads RFC 3339 with any offset. The error says what was wrong.
     pub fn parse(text: &str) -> Result<UnixNanos, String> {
-        let time = DateTime::parse_from_rfc3339(text)
-            .map_err(|e| format!("{text:?} is not an RFC 3339 time ({e}), such as 2026-03-01T12:00:00Z"))?;
+        let time = DateTime::parse_from_rfc3339(text).map_err(|e| {
+            format!("{text:?} is not an RFC 3339 time ({e}), such as 2026-03-01T12:00:00Z")
+        })?;
         time.timestamp_nanos_opt()
             .ok_or_else(|| format!("{text:?} lies outside the years 1678 to 2261"))
     }
@@ -96,7 +97,10 @@ pub mod rfc3339 {
         use super::*;
 
         /// For `serde(with)`.
-        pub fn serialize<S: Serializer>(at: &Option<UnixNanos>, serializer: S) -> Result<S::Ok, S::Error> {
+        pub fn serialize<S: Serializer>(
+            at: &Option<UnixNanos>,
+            serializer: S,
+        ) -> Result<S::Ok, S::Error> {
             match at {
                 Some(at) => super::serialize(at, serializer),
                 None => serializer.serialize_none(),
@@ -104,9 +108,12 @@ pub mod rfc3339 {
         }
 
         /// For `serde(with)`.
-        pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<UnixNanos>, D::Error> {
+        pub fn deserialize<'de, D: Deserializer<'de>>(
+            deserializer: D,
+        ) -> Result<Option<UnixNanos>, D::Error> {
             let text = Option::<String>::deserialize(deserializer)?;
-            text.map(|t| parse(&t).map_err(serde::de::Error::custom)).transpose()
+            text.map(|t| parse(&t).map_err(serde::de::Error::custom))
+                .transpose()
         }
     }
 }

@@ -59,33 +59,68 @@ pub(super) fn freeze_guard() -> ExitCode {
 }
 
 /// Verifies a group in the store that lies in `dir`, telling `note` what it finds.
-pub(super) fn verify(dir: &Path, group: &str, note: &mut dyn FnMut(VerifyEvent)) -> Result<(), CliError> {
+pub(super) fn verify(
+    dir: &Path,
+    group: &str,
+    note: &mut dyn FnMut(VerifyEvent),
+) -> Result<(), CliError> {
     let fs = DirFs::open(dir).map_err(CliError::io(format!("layer store {}", dir.display())))?;
-    let store = LayerStore::open(Arc::new(fs), StoreOptions { read_only: true, ..StoreOptions::default() })?;
+    let store = LayerStore::open(
+        Arc::new(fs),
+        StoreOptions {
+            read_only: true,
+            ..StoreOptions::default()
+        },
+    )?;
     let total = store
         .manifests(group)
-        .map(|manifests| manifests.iter().flat_map(|m| &m.volumes).map(|v| v.bytes_stored).sum())
+        .map(|manifests| {
+            manifests
+                .iter()
+                .flat_map(|m| &m.volumes)
+                .map(|v| v.bytes_stored)
+                .sum()
+        })
         .unwrap_or(0);
     let report = store.verify_with(group, None, &mut |bytes_checked| {
-        note(VerifyEvent::Progress { layer: String::new(), bytes_checked, bytes_total: total });
+        note(VerifyEvent::Progress {
+            layer: String::new(),
+            bytes_checked,
+            bytes_total: total,
+        });
     })?;
     let problems = report.damages.len() as u64;
     for damage in report.damages {
         note(VerifyEvent::Problem {
-            layer: damage.sequence.map_or_else(|| "-".into(), |s| s.to_string()),
+            layer: damage
+                .sequence
+                .map_or_else(|| "-".into(), |s| s.to_string()),
             volume: damage.volume.unwrap_or_else(|| "-".into()),
             what: damage.what,
         });
     }
-    note(VerifyEvent::Summary { layers: report.layers, blocks: report.blocks, bytes: report.bytes, problems });
+    note(VerifyEvent::Summary {
+        layers: report.layers,
+        blocks: report.blocks,
+        bytes: report.bytes,
+        problems,
+    });
     Ok(())
 }
 
 /// Runs a query over the history in `dir`.
 #[cfg(feature = "sql")]
-pub(super) fn sql(dir: &Path, query: &str, out: &mut super::output::Output) -> Result<(), CliError> {
+pub(super) fn sql(
+    dir: &Path,
+    query: &str,
+    out: &mut super::output::Output,
+) -> Result<(), CliError> {
     use crate::history::{SqlFormat, SqlLimits, run_sql};
-    let format = if out.is_json() { SqlFormat::JsonLines } else { SqlFormat::Table };
+    let format = if out.is_json() {
+        SqlFormat::JsonLines
+    } else {
+        SqlFormat::Table
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -123,7 +158,11 @@ pub(super) fn import(
     Ok(Imported {
         lines: report.lines,
         volumes: report.volumes.keys().map(|v| v.to_string()).collect(),
-        rows: report.rows.iter().map(|(table, rows)| (table.name(), *rows)).collect(),
+        rows: report
+            .rows
+            .iter()
+            .map(|(table, rows)| (table.name(), *rows))
+            .collect(),
     })
 }
 
@@ -138,10 +177,17 @@ pub(super) struct Selection {
 }
 
 /// Writes recorded IOs as csv. Returns their number.
-pub(super) fn export(history: &Path, selection: &Selection, out: &mut dyn Write) -> Result<u64, CliError> {
+pub(super) fn export(
+    history: &Path,
+    selection: &Selection,
+    out: &mut dyn Write,
+) -> Result<u64, CliError> {
     let reader = HistoryReader::open(history)?;
     let all = Query::all().range;
     let range = selection.from.unwrap_or(all.start)..selection.to.unwrap_or(all.end);
-    let query = Query::range(range).volumes(selection.volume.iter().cloned());
+    let query = match &selection.volume {
+        Some(volume) => Query::range(range).volumes([volume.as_str()]),
+        None => Query::range(range),
+    };
     Ok(export_csv(&reader, &query, out)?)
 }

@@ -26,7 +26,11 @@ const MAX_FORECAST_ROWS: usize = 2_000_000;
 pub(in crate::cli) fn simulate(dir: &Path, config: &Config, out: &Path) -> Result<Value, CliError> {
     let planner = planner(config)?;
     let history = read(dir, planner.scale)?;
-    let groups = history.volumes.iter().map(|v| group(&v.name, config)).collect();
+    let groups = history
+        .volumes
+        .iter()
+        .map(|v| group(&v.name, config))
+        .collect();
     let mut simulation = SimulationConfig::new(planner, groups);
     if let Bandwidth::BytesPerSecond(rate) = config.limits.capture_bandwidth {
         simulation.capture_rate = rate as f64;
@@ -38,10 +42,11 @@ pub(in crate::cli) fn simulate(dir: &Path, config: &Config, out: &Path) -> Resul
     let summary = run(&history, &simulation, config, &mut forecaster, &mut rows);
     fs::create_dir_all(out).map_err(CliError::io(format!("folder {}", out.display())))?;
     rows.write(out)?;
-    let summary =
-        serde_json::to_value(&summary).map_err(|e| CliError::Failed(format!("summary as JSON: {e}")))?;
+    let summary = serde_json::to_value(&summary)
+        .map_err(|e| CliError::Failed(format!("summary as JSON: {e}")))?;
     let path = out.join("summary.json");
-    fs::write(&path, format!("{summary:#}\n")).map_err(CliError::io(format!("file {}", path.display())))?;
+    fs::write(&path, format!("{summary:#}\n"))
+        .map_err(CliError::io(format!("file {}", path.display())))?;
     Ok(summary)
 }
 
@@ -55,10 +60,14 @@ fn run(
 ) -> crate::plan::summary::Summary {
     use crate::model::net::{Budget, train};
     // Only steps bound the training, so that the result does not depend on the machine.
-    let budget = Budget { max_cpu: None, ..Budget::default() };
+    let budget = Budget {
+        max_cpu: None,
+        ..Budget::default()
+    };
     let never = std::sync::atomic::AtomicBool::new(false);
     let seed = u64::from(config.model.seed);
-    let trainer = move |data: &crate::model::dataset::Dataset| train(data, budget, seed, None, &never);
+    let trainer =
+        move |data: &crate::model::dataset::Dataset| train(data, budget, seed, None, &never);
     simulate::simulate(history, simulation, forecaster, Some(&trainer), rows)
 }
 
@@ -75,8 +84,11 @@ fn run(
 
 /// The planner's settings by the configuration.
 fn planner(config: &Config) -> Result<PlannerConfig, CliError> {
-    let bins = config.season_bins().map_err(|why| CliError::Usage(format!("model.season: {why}")))?;
-    let scale = TimeScale::new(config.model.bin, bins).map_err(|e| CliError::Usage(e.to_string()))?;
+    let bins = config
+        .season_bins()
+        .map_err(|why| CliError::Usage(format!("model.season: {why}")))?;
+    let scale =
+        TimeScale::new(config.model.bin, bins).map_err(|e| CliError::Usage(e.to_string()))?;
     let defaults = PlannerConfig::new(scale);
     Ok(PlannerConfig {
         tick: config.plan.tick.max(defaults.tick),
@@ -125,7 +137,11 @@ fn read(dir: &Path, scale: TimeScale) -> Result<History, CliError> {
         .map(|s| VolumeHistory {
             name: VolumeName::from(&*s.volume),
             start: s.start,
-            bins: s.bins.into_iter().map(|b| b.and_then(|b| known(&b))).collect(),
+            bins: s
+                .bins
+                .into_iter()
+                .map(|b| b.and_then(|b| known(&b)))
+                .collect(),
         })
         .collect();
     let mut accesses = Vec::new();
@@ -137,7 +153,11 @@ fn read(dir: &Path, scale: TimeScale) -> Result<History, CliError> {
         events.push(event(row?));
     }
     events.sort_by_key(|(arrived, _)| *arrived);
-    Ok(History { volumes, accesses, events })
+    Ok(History {
+        volumes,
+        accesses,
+        events,
+    })
 }
 
 /// A bin whose bytes are known; operations that are not known count as none.
@@ -198,7 +218,8 @@ impl Sink for Rows {
             for (column, value) in self.quantiles.iter_mut().zip(row) {
                 column.push(f64::from(*value));
             }
-            self.bursts.push(forecast.onset.get(h).copied().map_or(0.0, f64::from));
+            self.bursts
+                .push(forecast.onset.get(h).copied().map_or(0.0, f64::from));
         }
     }
 
@@ -219,8 +240,14 @@ impl Rows {
             .column("issued_at", FlatColumn::Time(self.issued))
             .column("target_start", FlatColumn::Time(self.starts))
             .column("target_end", FlatColumn::Time(self.ends))
-            .column("metric", FlatColumn::Text(vec!["bytes_per_second".into(); rows]));
-        for (name, values) in ["q10", "q50", "q80", "q90", "q95", "q99"].into_iter().zip(self.quantiles) {
+            .column(
+                "metric",
+                FlatColumn::Text(vec!["bytes_per_second".into(); rows]),
+            );
+        for (name, values) in ["q10", "q50", "q80", "q90", "q95", "q99"]
+            .into_iter()
+            .zip(self.quantiles)
+        {
             forecasts = forecasts.column(name, FlatColumn::Number(values));
         }
         let forecasts = forecasts.column("burst_probability", FlatColumn::Number(self.bursts));
@@ -228,21 +255,51 @@ impl Rows {
 
         let of = |pick: fn(&Decision) -> String| self.decisions.iter().map(pick).collect();
         let decisions = FlatTable::default()
-            .column("at", FlatColumn::Time(self.decisions.iter().map(|d| d.at).collect()))
+            .column(
+                "at",
+                FlatColumn::Time(self.decisions.iter().map(|d| d.at).collect()),
+            )
             .column("volume", FlatColumn::Text(of(|d| d.volume.to_string())))
-            .column("action", FlatColumn::Text(of(|d| format!("{:?}", d.action).to_lowercase())))
-            .column("window_start", FlatColumn::OptTime(self.decisions.iter().map(|d| d.window_start).collect()))
-            .column("window_end", FlatColumn::OptTime(self.decisions.iter().map(|d| d.window_end).collect()))
+            .column(
+                "action",
+                FlatColumn::Text(of(|d| format!("{:?}", d.action).to_lowercase())),
+            )
+            .column(
+                "window_start",
+                FlatColumn::OptTime(self.decisions.iter().map(|d| d.window_start).collect()),
+            )
+            .column(
+                "window_end",
+                FlatColumn::OptTime(self.decisions.iter().map(|d| d.window_end).collect()),
+            )
             .column("reason", FlatColumn::Text(of(|d| d.reason.clone())));
         write_flat(&out.join("decisions.parquet"), &decisions)?;
 
         let staged = FlatTable::default()
-            .column("volume", FlatColumn::Text(self.staged.iter().map(|s| s.volume.to_string()).collect()))
-            .column("at", FlatColumn::Time(self.staged.iter().map(|s| s.at).collect()))
-            .column("offset", FlatColumn::Count(self.staged.iter().map(|s| s.range.offset).collect()))
-            .column("length", FlatColumn::Count(self.staged.iter().map(|s| s.range.len).collect()))
-            .column("score", FlatColumn::Number(self.staged.iter().map(|s| s.score).collect()))
-            .column("evicted_at", FlatColumn::OptTime(self.staged.iter().map(|s| s.evicted_at).collect()));
+            .column(
+                "volume",
+                FlatColumn::Text(self.staged.iter().map(|s| s.volume.to_string()).collect()),
+            )
+            .column(
+                "at",
+                FlatColumn::Time(self.staged.iter().map(|s| s.at).collect()),
+            )
+            .column(
+                "offset",
+                FlatColumn::Count(self.staged.iter().map(|s| s.range.offset).collect()),
+            )
+            .column(
+                "length",
+                FlatColumn::Count(self.staged.iter().map(|s| s.range.len).collect()),
+            )
+            .column(
+                "score",
+                FlatColumn::Number(self.staged.iter().map(|s| s.score).collect()),
+            )
+            .column(
+                "evicted_at",
+                FlatColumn::OptTime(self.staged.iter().map(|s| s.evicted_at).collect()),
+            );
         write_flat(&out.join("staged.parquet"), &staged)?;
         Ok(())
     }

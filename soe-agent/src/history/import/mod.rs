@@ -240,3 +240,6 @@ fn volume_name(text: &str, default: Option<&str>, names: &mut BTreeSet<Name>) ->
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

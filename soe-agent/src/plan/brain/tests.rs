@@ -426,6 +426,25 @@ fn a_requested_capture_of_a_busy_or_unknown_group_is_refused_in_words() {
 }
 
 #[test]
+fn a_clock_that_goes_back_by_a_year_does_not_silence_the_planner() {
+    let mut world = World::new(&[spec("g", &["a"], true, 100)]);
+    let year = 365 * 86_400;
+    let mut captured = 0;
+    for second in 0..600 {
+        world.now = (if second < 300 { year } else { 0 } + second) * S;
+        world.apply(Event::Tick);
+        if second >= 300 {
+            captured += world.running.len();
+        }
+        world.finish_all();
+    }
+    assert!(
+        captured >= 3,
+        "{captured} captures in three RPOs after the step"
+    );
+}
+
+#[test]
 fn waiting_is_recorded_once_and_not_every_tick() {
     let mut world = World::new(&[spec("g", &["a"], true, 1_000)]);
     world.bin("a", -BIN, 1e5);

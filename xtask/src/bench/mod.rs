@@ -1,0 +1,26 @@
+//! `cargo xtask bench`: figures from this machine. They are printed, never judged: a machine that
+//! does something else beside the benchmark has other figures.
+
+mod observe;
+mod stage;
+
+use anyhow::Result;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// What observing costs each IO, beside biolatency of libbpf-tools, and what it costs throughput
+    Observe(observe::Args),
+}
+
+/// Runs the command.
+pub fn command(args: &Args) -> Result<i32> {
+    match &args.what {
+        What::Observe(args) => observe::command(args),
+    }
+}
