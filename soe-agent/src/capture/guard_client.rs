@@ -21,6 +21,7 @@ const FIRST_ESTIMATE: Duration = Duration::from_millis(15);
 /// A running guard process. One freeze at a time; after [`FreezeError::Guard`] a new one is needed.
 pub struct FreezeGuard {
     line: Mutex<Line>,
+    pid: u32,
     marker: Option<PathBuf>,
     /// The longest of the recent freezes of each mount point.
     seen: Mutex<HashMap<PathBuf, Duration>>,
@@ -58,6 +59,7 @@ impl FreezeGuard {
         // The command owns the other end until it is dropped; the guard's death must be seen.
         drop(command);
         Ok(Self {
+            pid: child.id(),
             line: Mutex::new(Line {
                 socket: ours,
                 child,
@@ -70,7 +72,7 @@ impl FreezeGuard {
 
     /// The process id of the guard.
     pub fn pid(&self) -> u32 {
-        self.line().child.id()
+        self.pid
     }
 
     fn line(&self) -> MutexGuard<'_, Line> {

@@ -105,21 +105,6 @@ fn counting_completions_before_stamping_is_noticed() {
 }
 
 #[test]
-fn loading_the_epoch_before_counting_is_noticed() {
-    noticed(
-        "load before count",
-        &Setup {
-            faults: Faults {
-                load_before_count: true,
-                ..Faults::default()
-            },
-            misses: true,
-            ..Setup::default()
-        },
-    );
-}
-
-#[test]
 fn trusting_counters_that_lost_an_event_is_noticed() {
     noticed(
         "untrue counters",

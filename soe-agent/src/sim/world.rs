@@ -29,8 +29,6 @@ pub struct Faults {
     pub trust_untrue_counters: bool,
     /// The completion program counts before it stamps.
     pub count_before_stamp: bool,
-    /// The queue program stamps with an epoch loaded before it counted.
-    pub load_before_count: bool,
 }
 
 /// What the writers do, as probabilities.
@@ -365,14 +363,11 @@ impl State {
                 Stage::Flight
             }
             Stage::Submitted => {
-                write.epoch = disk.epoch;
                 disk.queued[write.cpu] += write.len as u64;
                 Stage::QueueLoad
             }
             Stage::QueueLoad => {
-                if !self.faults.load_before_count {
-                    write.epoch = disk.epoch;
-                }
+                write.epoch = disk.epoch;
                 Stage::QueueStamp(0)
             }
             Stage::QueueStamp(next) if stamps.store(disk, next, write.epoch) => {
