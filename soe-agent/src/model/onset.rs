@@ -230,7 +230,10 @@ mod tests {
         });
         let p = mixture.predict(series.known(), 37);
         let best = (0..37).max_by(|a, b| p[*a].total_cmp(&p[*b])).unwrap();
-        assert!(best <= 1, "the next burst is due at once, not in {best} bins");
+        assert!(
+            best <= 1,
+            "the next burst is due at once, not in {best} bins"
+        );
         let around: f32 = p[best.saturating_sub(3)..(best + 4).min(37)].iter().sum();
         assert!(around > 0.5, "{around} {p:?}");
     }
