@@ -248,8 +248,8 @@ fn a_stop_leaves_a_complete_history() {
     assert_eq!(soe.terminate(), 0);
     let history = soe.state().join("history").display().to_string();
     let query = "SELECT count(*) AS windows, sum(write_bytes) AS written, \
-                 max(arrow_cast(ts, 'Int64') + arrow_cast(interval, 'Int64')) AS last, \
-                 min(arrow_cast(ts, 'Int64')) AS first, sum(arrow_cast(interval, 'Int64')) AS covered \
+                 max(arrow_cast(ts, 'Int64') * 1000 + arrow_cast(interval_ms, 'Int64') * 1000000) AS last, \
+                 min(arrow_cast(ts, 'Int64')) * 1000 AS first, sum(arrow_cast(interval_ms, 'Int64')) * 1000000 AS covered \
                  FROM volume_stats";
     let row = soe
         .run(&["sql", "--history", &history, "--json", query])
@@ -304,14 +304,30 @@ impl Load {
         }
         self.file.sync_data().unwrap();
     }
+}
 
-    /// Several writers, so that hardly an instant is without a write.
-    fn storm(&self) {
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| (0..8).for_each(|_| self.step()));
-            }
-        });
+/// Direct writes at full depth to a file of a filesystem, so that no instant is without one and a
+/// cut needs a freeze.
+struct Storm(std::process::Child);
+
+impl Storm {
+    fn new(folder: &Path) -> Self {
+        let child = std::process::Command::new("fio")
+            .args(["--name=storm", "--thread", "--rw=randwrite", "--bs=4k"])
+            .args(["--ioengine=libaio", "--iodepth=32", "--direct=1"])
+            .args(["--size=2M", "--time_based", "--runtime=90"])
+            .arg(format!("--filename={}/load", folder.display()))
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("fio, which `cargo xtask setup` installs");
+        Self(child)
+    }
+}
+
+impl Drop for Storm {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -399,60 +415,50 @@ fn a_kill_while_frozen_ends_thawed() {
     need_kernel!();
     let disk = LoopDevice::new(128 * MIB).unwrap();
     let mounted = Mounted::new(&disk.path, "ext4").unwrap();
-    let load = Load::new(mounted.path(), 2 * MIB, 1);
     let mut soe = Soe::new("frozen", "");
     soe.start();
     soe.group("g", &[disk.node()]);
     soe.capture("g");
+    let storm = Storm::new(mounted.path());
     for guard_too in [false, true] {
         let mut caught = false;
         for _ in 0..20 {
-            caught = beside(
-                || load.storm(),
-                || {
-                    let guards = soe.children();
-                    assert!(!guards.is_empty(), "the agent has a guard");
-                    let mut capture = soe.spawn(&["layer", "capture", "g"]);
-                    let caught = loop {
-                        if frozen_now(&soe) {
-                            break true;
-                        }
-                        if capture.try_wait().unwrap().is_some() {
-                            break false;
-                        }
-                    };
-                    if caught && guard_too {
-                        for guard in guards {
-                            kill_process(guard, Signal::KILL).unwrap();
-                        }
+            let guards = soe.children();
+            assert!(!guards.is_empty(), "the agent has a guard");
+            let mut capture = soe.spawn(&["layer", "capture", "g"]);
+            while !caught && capture.try_wait().unwrap().is_none() {
+                caught = frozen_now(&soe);
+            }
+            if caught {
+                if guard_too {
+                    for guard in guards {
+                        kill_process(guard, Signal::KILL).unwrap();
                     }
-                    if caught {
-                        soe.kill();
-                        let _ = capture.wait();
-                        if guard_too {
-                            // Only the next start can thaw now, if the kill came before the thaw.
-                            println!("frozen without a guard: {}", frozen_now(&soe));
-                            soe.start();
-                        }
-                        assert!(
-                            accepts_writes(mounted.path(), Duration::from_secs(10)),
-                            "the filesystem stayed frozen"
-                        );
-                        if !guard_too {
-                            soe.start();
-                        }
-                    }
-                    caught
-                },
-            );
+                }
+                soe.kill();
+            }
+            let _ = capture.wait();
             if caught {
                 break;
             }
         }
-        assert!(caught, "no capture under load froze its filesystem");
+        let made = soe.log();
+        assert!(caught, "no capture in a storm froze its filesystem: {made}");
+        if guard_too {
+            // Only the next start can thaw now, if the kill came before the thaw.
+            println!("frozen without a guard: {}", frozen_now(&soe));
+            soe.start();
+        }
+        assert!(
+            accepts_writes(mounted.path(), Duration::from_secs(10)),
+            "the filesystem stayed frozen"
+        );
+        if !guard_too {
+            soe.start();
+        }
         assert_eq!(soe.volume("g", disk.node())["tracking"], "complete");
     }
-    drop(load);
+    drop(storm);
     mounted.unmount().unwrap();
     assert_eq!(soe.capture("g")[0]["kind"], "differential");
     assert_eq!(soe.restored_differs("g", disk.node(), &disk.path), None);
