@@ -107,7 +107,14 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = run("umount", &[&self.point.path().display().to_string()]);
+        let point = self.point.path().display().to_string();
+        // Who held it may be about to end; a mount that is left keeps its device for good.
+        for _ in 0..50 {
+            if run("mountpoint", &["-q", &point]).is_err() || run("umount", &[&point]).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
     }
 }
 

@@ -197,9 +197,7 @@ fn what_does_not_exist_is_named() {
         &to,
     ])
     .refused(1);
-    // A restore never writes onto a volume that is being captured, nor onto a mounted one.
-    soe.run(&["restore", "g", "--volume", disk.node(), "--to", disk.node()])
-        .refused(4);
+    // A restore never writes onto a device that somebody has mounted.
     let other = LoopDevice::new(32 * MIB).unwrap();
     let mounted = Mounted::new(&other.path, "ext4").unwrap();
     soe.run(&[
@@ -276,10 +274,11 @@ fn a_damaged_layer_is_found_and_the_agent_starts() {
         soe.clear_log();
         soe.start();
         soe.run(&["layer", "verify", "g"]).refused(5);
-        if file.starts_with(manifests[0].parent().unwrap()) && manifests.contains(file) {
+        if manifests.contains(file) {
+            let name = file.file_name().unwrap().to_string_lossy();
             let log = soe.log();
             assert!(
-                log.contains("WARN") || log.contains("ERROR"),
+                log.contains("ERROR") && log.contains(&*name),
                 "the start says it: {log}"
             );
         }

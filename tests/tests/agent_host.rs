@@ -248,8 +248,8 @@ fn a_stop_leaves_a_complete_history() {
     assert_eq!(soe.terminate(), 0);
     let history = soe.state().join("history").display().to_string();
     let query = "SELECT count(*) AS windows, sum(write_bytes) AS written, \
-                 max(arrow_cast(ts, 'Int64') + arrow_cast(interval, 'Int64')) AS end, \
-                 min(arrow_cast(ts, 'Int64')) AS start, sum(arrow_cast(interval, 'Int64')) AS covered \
+                 max(arrow_cast(ts, 'Int64') * 1000 + arrow_cast(interval_ms, 'Int64') * 1000000) AS last, \
+                 min(arrow_cast(ts, 'Int64')) * 1000 AS first, sum(arrow_cast(interval_ms, 'Int64')) * 1000000 AS covered \
                  FROM volume_stats";
     let row = soe
         .run(&["sql", "--history", &history, "--json", query])
@@ -261,12 +261,12 @@ fn a_stop_leaves_a_complete_history() {
     };
     assert!(number("windows") >= 4, "{row}");
     assert_eq!(number("written"), i64::try_from(written).unwrap(), "{row}");
-    let missing = i64::try_from(stopped.as_nanos()).unwrap() - number("end");
+    let missing = i64::try_from(stopped.as_nanos()).unwrap() - number("last");
     assert!(
         missing < 2_000_000_000,
         "the last {missing} ns are missing: {row}"
     );
-    let gap = (number("end") - number("start") - number("covered")).abs();
+    let gap = (number("last") - number("first") - number("covered")).abs();
     assert!(
         gap < 100_000_000,
         "{gap} ns between windows are missing: {row}"
@@ -277,30 +277,57 @@ fn a_stop_leaves_a_complete_history() {
 /// Random writes to a file of a filesystem, made durable now and then.
 struct Load {
     file: std::fs::File,
+    bytes: u64,
     random: std::sync::Mutex<StdRng>,
 }
 
 impl Load {
-    const BYTES: u64 = 48 << 20;
-
-    fn new(folder: &Path, seed: u64) -> Self {
+    fn new(folder: &Path, bytes: u64, seed: u64) -> Self {
         let file = std::fs::File::create(folder.join("load")).unwrap();
-        file.set_len(Self::BYTES).unwrap();
+        file.set_len(bytes).unwrap();
         Self {
             file,
+            bytes,
             random: StdRng::seed_from_u64(seed).into(),
         }
     }
 
     fn step(&self) {
-        let mut random = self.random.lock().unwrap();
         for _ in 0..16 {
             let mut page = [0; 4096];
-            random.fill_bytes(&mut page);
-            let at = random.random_range(0..Self::BYTES / 4096) * 4096;
+            let at = {
+                let mut random = self.random.lock().unwrap();
+                random.fill_bytes(&mut page);
+                random.random_range(0..self.bytes / 4096) * 4096
+            };
             self.file.write_all_at(&page, at).unwrap();
         }
         self.file.sync_data().unwrap();
+    }
+}
+
+/// Direct writes at full depth to a file of a filesystem, so that no instant is without one and a
+/// cut needs a freeze.
+struct Storm(std::process::Child);
+
+impl Storm {
+    fn new(folder: &Path) -> Self {
+        let child = std::process::Command::new("fio")
+            .args(["--name=storm", "--thread", "--rw=randwrite", "--bs=4k"])
+            .args(["--ioengine=libaio", "--iodepth=32", "--direct=1"])
+            .args(["--size=2M", "--time_based", "--runtime=90"])
+            .arg(format!("--filename={}/load", folder.display()))
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("fio, which `cargo xtask setup` installs");
+        Self(child)
+    }
+}
+
+impl Drop for Storm {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -324,7 +351,7 @@ fn kills_at_random_moments_lose_no_change() {
     let mut random = StdRng::seed_from_u64(seed);
     let disk = LoopDevice::new(128 * MIB).unwrap();
     let mounted = Mounted::new(&disk.path, "ext4").unwrap();
-    let load = Load::new(mounted.path(), seed);
+    let load = Load::new(mounted.path(), 48 * MIB, seed);
     let mut soe = Soe::new("kill", "");
     soe.start();
     soe.group("g", &[disk.node()]);
@@ -388,61 +415,50 @@ fn a_kill_while_frozen_ends_thawed() {
     need_kernel!();
     let disk = LoopDevice::new(128 * MIB).unwrap();
     let mounted = Mounted::new(&disk.path, "ext4").unwrap();
-    let load = Load::new(mounted.path(), 1);
     let mut soe = Soe::new("frozen", "");
     soe.start();
     soe.group("g", &[disk.node()]);
     soe.capture("g");
+    let storm = Storm::new(mounted.path());
     for guard_too in [false, true] {
         let mut caught = false;
         for _ in 0..20 {
-            caught = beside(
-                || load.step(),
-                || {
-                    let guards = soe.children();
-                    assert!(!guards.is_empty(), "the agent has a guard");
-                    let mut capture = soe.spawn(&["layer", "capture", "g"]);
-                    let caught = loop {
-                        if frozen_now(&soe) {
-                            break true;
-                        }
-                        if capture.try_wait().unwrap().is_some() {
-                            break false;
-                        }
-                    };
-                    if caught && guard_too {
-                        for guard in guards {
-                            // Stopped first, so that neither thaws while the other ends.
-                            kill_process(guard, Signal::KILL).unwrap();
-                        }
+            let guards = soe.children();
+            assert!(!guards.is_empty(), "the agent has a guard");
+            let mut capture = soe.spawn(&["layer", "capture", "g"]);
+            while !caught && capture.try_wait().unwrap().is_none() {
+                caught = frozen_now(&soe);
+            }
+            if caught {
+                if guard_too {
+                    for guard in guards {
+                        kill_process(guard, Signal::KILL).unwrap();
                     }
-                    if caught {
-                        soe.kill();
-                        let _ = capture.wait();
-                        if guard_too {
-                            // Only the next start can thaw now, if the kill came before the thaw.
-                            println!("frozen without a guard: {}", frozen_now(&soe));
-                            soe.start();
-                        }
-                        assert!(
-                            accepts_writes(mounted.path(), Duration::from_secs(10)),
-                            "the filesystem stayed frozen"
-                        );
-                        if !guard_too {
-                            soe.start();
-                        }
-                    }
-                    caught
-                },
-            );
+                }
+                soe.kill();
+            }
+            let _ = capture.wait();
             if caught {
                 break;
             }
         }
-        assert!(caught, "no capture under load froze its filesystem");
+        let made = soe.log();
+        assert!(caught, "no capture in a storm froze its filesystem: {made}");
+        if guard_too {
+            // Only the next start can thaw now, if the kill came before the thaw.
+            println!("frozen without a guard: {}", frozen_now(&soe));
+            soe.start();
+        }
+        assert!(
+            accepts_writes(mounted.path(), Duration::from_secs(10)),
+            "the filesystem stayed frozen"
+        );
+        if !guard_too {
+            soe.start();
+        }
         assert_eq!(soe.volume("g", disk.node())["tracking"], "complete");
     }
-    drop(load);
+    drop(storm);
     mounted.unmount().unwrap();
     assert_eq!(soe.capture("g")[0]["kind"], "differential");
     assert_eq!(soe.restored_differs("g", disk.node(), &disk.path), None);

@@ -86,6 +86,14 @@ impl Catalog {
             .all(|listed| matches!(listed, Listed::Good(_)))
     }
 
+    /// What is wrong with the manifests that cannot be read, oldest first.
+    pub(crate) fn unreadable(&self) -> Vec<LayerError> {
+        self.manifests
+            .values()
+            .filter_map(|listed| good(listed).err())
+            .collect()
+    }
+
     /// The newest manifest. When it cannot be read, an older one would be a wrong answer.
     pub(crate) fn head(&self) -> Result<Option<Arc<GroupManifest>>, LayerError> {
         self.manifests

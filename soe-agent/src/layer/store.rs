@@ -181,6 +181,13 @@ impl LayerStore {
         })
     }
 
+    /// What is wrong with the manifests of a group that cannot be read, oldest first; nothing for a
+    /// group without layers. Contents are not looked at, see [`LayerStore::verify`].
+    pub fn unreadable(&self, group: &str) -> Result<Vec<LayerError>, LayerError> {
+        let found = self.with_catalog(group, |catalog| Ok(catalog.unreadable()))?;
+        Ok(found.unwrap_or_default())
+    }
+
     /// The readable layers of a volume, oldest first.
     pub fn layers(&self, group: &str, volume: &str) -> Result<Vec<LayerRef>, LayerError> {
         let manifests = self.manifests(group)?;

@@ -245,6 +245,16 @@ impl Agent {
                     }
                 }
             }
+            match self.store.unreadable(&group.name) {
+                Ok(damages) => {
+                    for error in damages {
+                        tracing::error!(group = group.name, %error, "a layer cannot be read; `soe layer verify` shows what is affected");
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(group = group.name, %error, "the layers cannot be listed")
+                }
+            }
             self.tell_brain_of(group);
         }
         if let Err(error) = self.tracker.retain(|diskseq| keep.contains(&diskseq)) {

@@ -135,10 +135,7 @@ impl Engine for Arc<Agent> {
     fn list_layers(&self, group: String, volume: Option<String>) -> Reply<'_, Vec<LayerInfo>> {
         let agent = self.clone();
         blocking(move || {
-            let manifests = agent.store.manifests(&group).map_err(layer_error)?;
-            if manifests.is_empty() {
-                agent.group(&group)?;
-            }
+            let manifests = agent.manifests_of(&group)?;
             let wanted = |name: &str| volume.as_ref().is_none_or(|v| v == name);
             Ok(manifests
                 .iter()

@@ -15,7 +15,7 @@ use crate::api::types::{
     TimeWindow, TrackingState, VolumeStatus,
 };
 use crate::config::Config;
-use crate::layer::LayerError;
+use crate::layer::{GroupManifest, LayerError};
 use crate::model::{Forecaster, VolumeName};
 use crate::observe::volumes;
 use crate::plan;
@@ -304,6 +304,16 @@ impl Agent {
                 .map(|(start, end)| TimeWindow { start, end }),
             model: predicted.model.map(|m| m.to_string()),
             model_reason: serving.map(|s| s.why),
+        }
+    }
+
+    /// The readable manifests of a group, oldest first. A group may exist without layers, and its
+    /// layers without the group.
+    pub(super) fn manifests_of(&self, group: &str) -> Result<Vec<Arc<GroupManifest>>, EngineError> {
+        match self.store.manifests(group) {
+            Ok(manifests) => Ok(manifests),
+            Err(LayerError::NotFound { .. }) => self.group(group).map(|_| Vec::new()),
+            Err(error) => Err(layer_error(error)),
         }
     }
 
