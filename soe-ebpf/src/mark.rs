@@ -15,8 +15,8 @@ use aya_ebpf::{
 };
 use soe_common::record::{
     CHUNK_BLOCKS, CHUNKS_PER_PAGE, ChunkStamp, DISK_BIO_BASED, DISK_NVME, DISK_SCSI, DiskControl,
-    DiskCounters, MAX_SLICES, SLOT_PATH, StampPage, StashedBio, TAINT_DISCARD, TAINT_PASSTHROUGH, TAINT_RANGE,
-    TAINT_STASH, op,
+    DiskCounters, MAX_SLICES, SLOT_PATH, StampPage, StashedBio, TAINT_DISCARD, TAINT_PASSTHROUGH,
+    TAINT_RANGE, TAINT_STASH, op,
 };
 
 use crate::kernel::{Bio, Request, bio_offsets, scsi_cmnd_offset};
@@ -105,7 +105,11 @@ impl Disk {
         unsafe {
             let whole = &raw mut (*self.counters).slice[0];
             fetch_add(
-                if completed { &raw mut (*whole).completed } else { &raw mut (*whole).queued },
+                if completed {
+                    &raw mut (*whole).completed
+                } else {
+                    &raw mut (*whole).queued
+                },
                 sectors,
             );
             let slices = read_volatile(&raw const (*self.control).slices);
@@ -119,11 +123,19 @@ impl Disk {
                 let start = read_volatile(&raw const (*self.control).slice[index].start);
                 let end = read_volatile(&raw const (*self.control).slice[index].end);
                 let from = if sector > start { sector } else { start };
-                let to = if sector + sectors < end { sector + sectors } else { end };
+                let to = if sector + sectors < end {
+                    sector + sectors
+                } else {
+                    end
+                };
                 if from < to {
                     let flight = &raw mut (*self.counters).slice[index];
                     fetch_add(
-                        if completed { &raw mut (*flight).completed } else { &raw mut (*flight).queued },
+                        if completed {
+                            &raw mut (*flight).completed
+                        } else {
+                            &raw mut (*flight).queued
+                        },
                         to - from,
                     );
                 }
@@ -500,7 +512,10 @@ fn watch_passthrough(ctx: BtfTracePointContext) -> i32 {
 /// NVM command set: flush, read, compare, verify, and reservations change no block.
 #[inline(always)]
 fn nvme_only_reads(opcode: u8) -> bool {
-    matches!(opcode, 0x00 | 0x02 | 0x05 | 0x0c | 0x0d | 0x0e | 0x11 | 0x15)
+    matches!(
+        opcode,
+        0x00 | 0x02 | 0x05 | 0x0c | 0x0d | 0x0e | 0x11 | 0x15
+    )
 }
 
 /// SPC and SBC: test unit ready, request sense, inquiry, mode and log sense, reads, capacity,
@@ -509,8 +524,31 @@ fn nvme_only_reads(opcode: u8) -> bool {
 fn scsi_only_reads(opcode: u8) -> bool {
     matches!(
         opcode,
-        0x00 | 0x03 | 0x08 | 0x12 | 0x1a | 0x1b | 0x1e | 0x25 | 0x28 | 0x2f | 0x34 | 0x35 | 0x37
-            | 0x3c | 0x4d | 0x5a | 0x5e | 0x5f | 0x88 | 0x8f | 0x91 | 0x9e | 0xa0 | 0xa3 | 0xa8
-            | 0xab | 0xb7
+        0x00 | 0x03
+            | 0x08
+            | 0x12
+            | 0x1a
+            | 0x1b
+            | 0x1e
+            | 0x25
+            | 0x28
+            | 0x2f
+            | 0x34
+            | 0x35
+            | 0x37
+            | 0x3c
+            | 0x4d
+            | 0x5a
+            | 0x5e
+            | 0x5f
+            | 0x88
+            | 0x8f
+            | 0x91
+            | 0x9e
+            | 0xa0
+            | 0xa3
+            | 0xa8
+            | 0xab
+            | 0xb7
     )
 }

@@ -10,8 +10,8 @@ use aya_ebpf::{
 };
 use soe_common::histogram::{BUCKETS, bucket_of};
 use soe_common::record::{
-    CgroupKey, CgroupStats, DISK_BIO_BASED, DirectionStats, DiskControl, OCTAVES,
-    REGIONS_PER_PAGE, STREAMS, is_own_ioprio, op,
+    CgroupKey, CgroupStats, DISK_BIO_BASED, DirectionStats, DiskControl, OCTAVES, REGIONS_PER_PAGE,
+    STREAMS, is_own_ioprio, op,
 };
 
 use crate::kernel::{Bio, Request};
@@ -31,7 +31,11 @@ fn bounded(index: usize, limit: usize) -> usize {
     let mut index = index as u64;
     // SAFETY: arithmetic on a register; all indices are far below 65,535.
     unsafe { core::arch::asm!("{0} &= 65535", inout(reg) index) };
-    if index >= limit as u64 { limit - 1 } else { index as usize }
+    if index >= limit as u64 {
+        limit - 1
+    } else {
+        index as usize
+    }
 }
 
 /// floor(log2(value)) + 1, 0 for 0, below OCTAVES.
@@ -108,8 +112,11 @@ fn count_queue(ctx: BtfTracePointContext) -> i32 {
             }
             _ => true,
         };
-        let direction =
-            if write { &raw mut (*stats).write } else { &raw mut (*stats).read };
+        let direction = if write {
+            &raw mut (*stats).write
+        } else {
+            &raw mut (*stats).read
+        };
         let sector = bio.sector();
         locality(direction, sector, bytes);
         heat(slot, control, direction, sector, write);
@@ -119,7 +126,11 @@ fn count_queue(ctx: BtfTracePointContext) -> i32 {
         slot,
         pad: 0,
     };
-    let (read, written) = if operation == op::READ { (1, 0) } else { (0, 1) };
+    let (read, written) = if operation == op::READ {
+        (1, 0)
+    } else {
+        (0, 1)
+    };
     if let Some(counts) = CGROUPS.get_ptr_mut(key) {
         // SAFETY: a per-CPU value.
         unsafe {
@@ -154,7 +165,11 @@ unsafe fn locality(direction: *mut DirectionStats, sector: u64, bytes: u64) {
         let end = sector + sectors;
         let last_end = (*direction).last_end;
         (*direction).last_end = end;
-        let distance = if sector > last_end { sector - last_end } else { last_end - sector };
+        let distance = if sector > last_end {
+            sector - last_end
+        } else {
+            last_end - sector
+        };
         (*direction).seek[octave(distance)] += 1;
         for index in 0..STREAMS {
             if (*direction).stream[index] == sector {
