@@ -6,7 +6,7 @@
 use crate::histogram::BUCKETS;
 
 /// Version of every layout in this file, kept in each [`DiskControl`].
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Slot bit in the `diskseq` table that marks a hidden path disk of a multipath head: its requests
 /// count for the head's slot, its bio completions do not.
@@ -116,8 +116,11 @@ pub struct DiskControl {
     pub stat_base: i64,
     /// Skipped runs (queue, completion) when the generation began.
     pub miss_base: [u64; 2],
+    /// Digest of the device-mapper tables behind the disk when the slot was filled; 0 where there
+    /// are none.
+    pub mapping: u64,
 }
-const _: () = assert!(size_of::<DiskControl>() == 88 + 24 * MAX_SLICES + 24);
+const _: () = assert!(size_of::<DiskControl>() == 88 + 24 * MAX_SLICES + 32);
 
 /// Sectors of write-like IO of one slice.
 #[repr(C)]

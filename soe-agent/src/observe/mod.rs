@@ -6,6 +6,7 @@
 pub mod bpf;
 pub mod cgroups;
 pub mod disk;
+pub mod dm;
 pub mod ring;
 pub mod syscalls;
 pub mod tracker;

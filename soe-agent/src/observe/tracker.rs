@@ -431,11 +431,17 @@ impl Tracker {
             if control.diskseq != disk.diskseq {
                 continue;
             }
-            if control.layout == LAYOUT_VERSION && control.sectors == disk.sectors {
+            let paths = self.keys_of(slot)?;
+            let other = control.mapping != disk.mapping
+                || !disk.hidden_paths.iter().all(|path| paths.contains(path));
+            if control.layout == LAYOUT_VERSION && control.sectors == disk.sectors && !other {
                 let track = DiskTrack::open(self.maps.clone(), slot, disk)?;
                 return Ok((Arc::new(track), None));
             }
-            reason = GenerationEnd::Resize;
+            reason = match control.sectors == disk.sectors {
+                true => GenerationEnd::Remapped,
+                false => GenerationEnd::Resize,
+            };
             self.release(slot)?;
         }
         let taken: Vec<u32> = self.used_slots().iter().map(|(slot, _)| *slot).collect();
@@ -462,14 +468,25 @@ impl Tracker {
         Ok(())
     }
 
+    /// The disks, paths included, whose bios and requests count for `slot`.
+    fn keys_of(&self, slot: u32) -> Result<Vec<u64>, TrackerError> {
+        let slots = self.maps.map("SLOTS");
+        let mut keys = syscalls::keys::<u64>(slots).map_err(TrackerError::io("keys of SLOTS"))?;
+        let mut failed = None;
+        keys.retain(|key| match syscalls::lookup::<u64, u32>(slots, *key) {
+            Ok(value) => value.is_some_and(|v| v & !soe_common::record::SLOT_PATH == slot),
+            Err(error) => {
+                failed = Some(error);
+                false
+            }
+        });
+        failed.map_or(Ok(keys), |e| Err(TrackerError::io("SLOTS")(e)))
+    }
+
     fn release(&self, slot: u32) -> Result<(), TrackerError> {
         let slots = self.maps.map("SLOTS");
-        for key in syscalls::keys::<u64>(slots).map_err(TrackerError::io("keys of SLOTS"))? {
-            let value =
-                syscalls::lookup::<u64, u32>(slots, key).map_err(TrackerError::io("SLOTS"))?;
-            if value.is_some_and(|v| v & !soe_common::record::SLOT_PATH == slot) {
-                syscalls::delete(slots, key).map_err(TrackerError::io("SLOTS"))?;
-            }
+        for key in self.keys_of(slot)? {
+            syscalls::delete(slots, key).map_err(TrackerError::io("SLOTS"))?;
         }
         // No program may still be marking into a slot that is handed out again.
         grace().map_err(TrackerError::io("membarrier"))?;
