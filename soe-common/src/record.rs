@@ -143,7 +143,8 @@ pub struct DiskCounters {
     /// Bios whose range could not be remembered.
     pub stash_failures: u64,
     /// Sectors of bios that were turned away before they became requests; the device's own
-    /// statistics never saw them.
+    /// statistics never saw them. On bio-based disks, of bios that ended with an error, which the
+    /// statistics may or may not have seen.
     pub rejected: u64,
 }
 const _: () = assert!(size_of::<DiskCounters>() == 16 * MAX_SLICES + 24);

@@ -38,21 +38,30 @@ impl Mapper {
         })
     }
 
-    /// Suspends it; IO waits from now on.
-    pub fn suspend(&self) {
+    /// Suspends it; IO waits from now on. It is resumed when the value is dropped: a thread that
+    /// waits on it could not be joined otherwise.
+    pub fn suspend(&self) -> Suspended<'_> {
+        let suspended = Suspended(self);
         run("dmsetup", &["suspend", "--nolockfs", &self.name]).expect("dmsetup suspend");
-    }
-
-    /// Resumes it, with the table that was loaded last.
-    pub fn resume(&self) {
-        run("dmsetup", &["resume", &self.name]).expect("dmsetup resume");
+        suspended
     }
 
     /// Puts another table in place of the present one.
     pub fn reload(&self, table: &str) {
         run("dmsetup", &["reload", &self.name, "--table", table]).expect("dmsetup reload");
-        self.suspend();
-        self.resume();
+        drop(self.suspend());
+    }
+}
+
+/// A suspended node.
+pub struct Suspended<'a>(&'a Mapper);
+
+impl Drop for Suspended<'_> {
+    fn drop(&mut self) {
+        let resumed = run("dmsetup", &["resume", &self.0.name]);
+        if !std::thread::panicking() {
+            resumed.expect("dmsetup resume");
+        }
     }
 }
 

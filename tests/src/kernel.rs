@@ -156,9 +156,12 @@ pub fn set_sysfs(path: impl AsRef<Path>, value: &str) {
 
 /// The folder in sysfs of the disk behind a node.
 pub fn sysfs_of(node: &Path) -> PathBuf {
-    let real = node.canonicalize().expect("the node");
-    let name = real.file_name().expect("a name").to_string_lossy();
-    PathBuf::from(format!("/sys/block/{name}"))
+    use std::os::unix::fs::MetadataExt;
+    let rdev = std::fs::metadata(node).expect("the node").rdev();
+    let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+        .canonicalize()
+        .expect("a block device")
 }
 
 /// Field `index` (from 0) of the device's own statistics (Documentation/block/stat.rst).

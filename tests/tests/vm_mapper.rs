@@ -9,7 +9,7 @@ use soe_tests::device::{Aligned, LoopDevice, open_direct, run, write_direct};
 use soe_tests::guest::{Mapper, named};
 use soe_tests::kernel::{
     Bench, Erase, MIB, assert_whole, books, covers, erase, expected, ranges, settled, sysfs,
-    sysfs_of, wait_for,
+    sysfs_of, wait_for, write_nowait,
 };
 use soe_tests::{need_kernel, uring};
 
@@ -125,9 +125,9 @@ fn a_write_on_a_suspended_node_is_in_flight_and_no_base_is_taken() {
     let before = assert_whole(&map);
     let since = map.bump().unwrap();
     let file = open_direct(&node.path).unwrap();
-    node.suspend();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let suspended = node.suspend();
         scope.spawn(|| {
             write_direct(&file, 5 * MIB, 4096, 1).unwrap();
             done.store(true, Ordering::SeqCst);
@@ -153,7 +153,7 @@ fn a_write_on_a_suspended_node_is_in_flight_and_no_base_is_taken() {
             std::thread::sleep(Duration::from_millis(10));
         }
         assert!(!done.load(Ordering::SeqCst));
-        node.resume();
+        drop(suspended);
         wait_for("the write never ended", || {
             done.load(Ordering::SeqCst).then_some(())
         });
@@ -183,12 +183,12 @@ fn more_bios_in_flight_than_can_be_remembered_end_the_generation() {
     let data = Aligned::new(512, 7);
     // The kernel half remembers 16,384 ranges.
     let offsets: Vec<u64> = (0..17_000).map(|n| n * 1024).collect();
-    node.suspend();
+    let suspended = node.suspend();
     let waiting = uring::begin_writes(&file, &offsets, &data);
     wait_for("the writes were never queued", || {
         (map.tracking() != Tracking::Complete).then_some(())
     });
-    node.resume();
+    drop(suspended);
     assert_eq!(waiting.finish(), 0);
     assert_eq!(
         map.tracking(),
@@ -211,11 +211,13 @@ fn after_a_lost_range_a_new_generation_finds_a_true_base() {
     let file = open_direct(&node.path).unwrap();
     let data = Aligned::new(512, 7);
     let offsets: Vec<u64> = (0..17_000).map(|n| n * 1024).collect();
-    node.suspend();
+    let suspended = node.suspend();
     let waiting = uring::begin_writes(&file, &offsets, &data);
-    node.resume();
+    wait_for("the writes were never queued", || {
+        (map.tracking() != Tracking::Complete).then_some(())
+    });
+    drop(suspended);
     assert_eq!(waiting.finish(), 0);
-    assert_ne!(map.tracking(), Tracking::Complete);
     map.track().begin_generation().unwrap();
     assert_whole(&map);
     let since = map.bump().unwrap();
@@ -257,6 +259,33 @@ fn failed_writes_are_counted_marked_and_part_of_the_books() {
             expected([(bad, 65536), (bad + 4 * MIB - 65536, 131072)])
         );
     }
+}
+
+#[test]
+fn a_bio_that_a_suspended_node_turns_away_is_neither_failed_nor_in_flight() {
+    need_kernel!();
+    let disk = LoopDevice::new(64 * MIB).unwrap();
+    let node = linear_over(&disk, "nowait");
+    let bench = Bench::new("nowait");
+    let map = bench.map(&node.path);
+    let before = assert_whole(&map);
+    let file = open_direct(&node.path).unwrap();
+    let data = Aligned::new(8192, 1);
+    {
+        let _suspended = node.suspend();
+        for _ in 0..10 {
+            assert!(!write_nowait(&file, MIB, data.bytes()));
+        }
+        let now = map.reading().unwrap();
+        assert_eq!(now.queued - before.queued, 160, "no bio was queued");
+        assert!(now.nothing_in_flight());
+    }
+    let after = assert_whole(&map);
+    assert_eq!(after.misses.failed_writes, before.misses.failed_writes);
+    // The books are exact again afterwards.
+    write_direct(&file, 2 * MIB, 4096, 1).unwrap();
+    let (counted, device) = books(&map);
+    assert_eq!(counted, device);
 }
 
 #[test]

@@ -144,21 +144,23 @@ fn no_block_that_a_filesystem_discards_in_bulk_is_missed() {
     assert!(differ > 100, "only {differ} blocks changed");
 }
 
-#[test]
-fn bios_that_are_refused_leave_nothing_in_flight() {
-    need_kernel!();
-    let node = named("SOE_VM_NVME");
-    let _few = Setting::new(sysfs_of(&node).join("queue/nr_requests"), "4");
-    let bench = Bench::new("refused");
-    let map = bench.map(&node);
-    assert_whole(&map);
-    let file = open_direct(&node).unwrap();
-    // Split needed: refused before it becomes a request.
-    let large = Aligned::new(8 << 20, 3);
-    let refused = (0..20).filter(|_| !write_nowait(&file, 0, large.bytes())).count();
-    println!("{refused} of 20 large writes were refused");
-    assert!(refused > 0, "nothing was shown");
-    assert_whole(&map);
+/// Writes that may not wait, on a disk whose requests (`limits` is its folder in sysfs) are made few
+/// and small: every bio is queued, and some end without becoming a request.
+fn refuse(node: &Path, limits: &Path, name: &str) {
+    let _few = Setting::new(limits.join("queue/nr_requests"), "4");
+    let _small = Setting::new(limits.join("queue/max_sectors_kb"), "64");
+    let bench = Bench::new(name);
+    let map = bench.map(node);
+    let before = assert_whole(&map);
+    let file = open_direct(node).unwrap();
+    // One bio, too large for a request: to split it would be to wait.
+    let large = Aligned::new(512 << 10, 3);
+    let refused = (0..20)
+        .filter(|_| !write_nowait(&file, 0, large.bytes()))
+        .count();
+    assert_eq!(refused, 20);
+    let after = assert_whole(&map);
+    assert_eq!(after.queued - before.queued, 20 * 1024, "no bio was queued");
     // Out of tags.
     let data = Aligned::new(4096, 4);
     let offsets: Vec<u64> = (0..1024).map(|n| n * 65536).collect();
@@ -166,10 +168,18 @@ fn bios_that_are_refused_leave_nothing_in_flight() {
     let refused = uring::write_nowait_at_once(&file, 256, &offsets, &data);
     println!("{refused} of 1024 small writes were refused");
     assert!(refused > 0, "nothing was shown");
-    let reading = assert_whole(&map);
-    assert_eq!(reading.misses.failed_writes, 0, "refused is not failed");
+    let last = assert_whole(&map);
+    assert_eq!(last.queued - after.queued, 1024 * 8, "every bio was queued");
+    assert_eq!(last.misses.failed_writes, 0, "refused is not failed");
     // Marked too much, for those refused, and never too little.
     assert_eq!(ranges(&map, since), expected([(0, 1024 * 65536)]));
+}
+
+#[test]
+fn bios_that_are_refused_leave_nothing_in_flight() {
+    need_kernel!();
+    let node = named("SOE_VM_NVME");
+    refuse(&node, &sysfs_of(&node), "refused");
 }
 
 /// The namespace's character device: `/dev/ng0n1` of `/dev/nvme0n1`.
@@ -270,14 +280,23 @@ fn writes_through_a_multipath_head_are_marked_and_counted_once() {
 fn bios_that_a_path_refuses_leave_nothing_in_flight() {
     need_kernel!();
     let node = named("SOE_VM_MULTIPATH");
-    let bench = Bench::new("refused-path");
-    let map = bench.map(&node);
-    assert_whole(&map);
-    let file = open_direct(&node).unwrap();
-    let large = Aligned::new(8 << 20, 3);
-    let refused = (0..20).filter(|_| !write_nowait(&file, 0, large.bytes())).count();
-    println!("{refused} of 20 writes were refused");
-    assert_whole(&map);
+    let head = sysfs_of(&node);
+    let name = head.file_name().unwrap().to_string_lossy().into_owned();
+    let (subsystem, namespace) = name.rsplit_once('n').unwrap();
+    let paths: Vec<PathBuf> = std::fs::read_dir("/sys/block")
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            let path = path.file_name().unwrap().to_string_lossy().into_owned();
+            path.starts_with(&format!("{subsystem}c")) && path.ends_with(&format!("n{namespace}"))
+        })
+        .collect();
+    assert_eq!(paths.len(), 2, "{paths:?}");
+    // IO takes either path; one is narrowed here, the other within.
+    let _few = Setting::new(paths[1].join("queue/nr_requests"), "4");
+    let _small = Setting::new(paths[1].join("queue/max_sectors_kb"), "64");
+    refuse(&node, &paths[0], "refused-path");
 }
 
 /// The controllers behind a namespace, as PCI devices, with the paths they carry.

@@ -87,6 +87,8 @@ pub struct DiskTrack {
     stamps: Mapped,
     chunks: Mapped,
     heat: Mapped,
+    /// Of a bio-based disk, the sectors that had ended with an error when its books were begun.
+    uncertain: AtomicU64,
 }
 
 fn atomic32<'a>(at: *mut u32) -> &'a AtomicU32 {
@@ -127,6 +129,7 @@ impl DiskTrack {
             slot,
             disk: disk.clone(),
             geometry,
+            uncertain: AtomicU64::new(0),
         })
     }
 
@@ -466,8 +469,20 @@ impl DiskTrack {
         if after.queued != before.queued || !after.nothing_in_flight() {
             return Ok(None);
         }
-        let base = self.maps.control_copy(self.slot).stat_base as u64;
         let counted = counters.slice[0].queued.wrapping_sub(counters.rejected);
+        // device-mapper counts no bio that it turns away itself (suspended, error target, full pool)
+        // and part of one that fails half-way: after such a bio the books are begun anew.
+        if self.disk.is_bio_based()
+            && self.uncertain.swap(counters.rejected, Ordering::SeqCst) != counters.rejected
+        {
+            // SAFETY: within the mapping; only the agent writes this word.
+            unsafe {
+                (&raw mut (*self.maps.control_of(self.slot)).stat_base)
+                    .write_volatile(device.wrapping_sub(counted) as i64);
+            }
+            return Ok(None);
+        }
+        let base = self.maps.control_copy(self.slot).stat_base as u64;
         Ok(Some((counted, device.wrapping_sub(base))))
     }
 
