@@ -153,11 +153,12 @@ impl Md {
         if level == "raid0" {
             set("chunk_size", "65536");
         }
+        let sectors = sysfs(sysfs_of(members[0]).join("size"));
+        let kib = sectors.parse::<u64>().expect("a size") / 2;
+        set("component_size", &kib.to_string());
         for (slot, member) in members.iter().enumerate() {
             let member = sysfs_of(member);
             let name = member.file_name().expect("a name").to_string_lossy();
-            let kib = sysfs(member.join("size")).parse::<u64>().expect("a size") / 2;
-            set("component_size", &kib.to_string());
             set("new_dev", &sysfs(member.join("dev")));
             let device = array.folder.join(format!("dev-{name}"));
             set_sysfs(device.join("slot"), &slot.to_string());
@@ -284,6 +285,13 @@ impl Throttle {
         set_sysfs(self.folder.join(self.attribute), &rule);
     }
 
+    /// Holds all writes of members back until the value is dropped, also by a panic: threads that
+    /// wait could not be joined otherwise.
+    pub fn hold(&self) -> Held<'_> {
+        self.set(Some(1));
+        Held(self)
+    }
+
     /// Moves this process into the group, runs `body`, and moves it back.
     pub fn within<T>(&self, body: impl FnOnce() -> T) -> T {
         struct Back<'a>(&'a Throttle);
@@ -299,6 +307,15 @@ impl Throttle {
         );
         let _back = Back(self);
         body()
+    }
+}
+
+/// Writes that are held back.
+pub struct Held<'a>(&'a Throttle);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.set(None);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Device-mapper nodes: bio-based disks whose bios are split, remapped, held back and failed.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -8,8 +9,8 @@ use soe_common::SECTOR_SIZE;
 use soe_tests::device::{Aligned, LoopDevice, open_direct, run, write_direct};
 use soe_tests::guest::{Mapper, named};
 use soe_tests::kernel::{
-    Bench, Erase, MIB, assert_whole, books, covers, erase, expected, ranges, settled, sysfs,
-    sysfs_of, wait_for, write_nowait,
+    Bench, DISCARD_MERGES, Erase, MIB, assert_whole, books, covers, erase, expected, ranges,
+    set_sysfs, settled, statistic, sysfs, sysfs_of, wait_for, write_nowait,
 };
 use soe_tests::{need_kernel, uring};
 
@@ -286,6 +287,78 @@ fn a_bio_that_a_suspended_node_turns_away_is_neither_failed_nor_in_flight() {
     write_direct(&file, 2 * MIB, 4096, 1).unwrap();
     let (counted, device) = books(&map);
     assert_eq!(counted, device);
+}
+
+/// A node whose segments of `sectors` lie at the given bytes of `lower`: what is discarded of it in
+/// one call arrives at `lower` as one bio per segment, all at once.
+fn scattered_over(lower: &Path, name: &str, sectors: u64, at: &[u64]) -> Mapper {
+    let table: Vec<String> = at
+        .iter()
+        .enumerate()
+        .map(|(n, byte)| {
+            let start = n as u64 * sectors;
+            format!("{start} {sectors} linear {} {}", lower.display(), byte / 512)
+        })
+        .collect();
+    Mapper::new(name, &table.join("\n")).unwrap()
+}
+
+#[test]
+fn discards_of_scattered_ranges_in_one_request_are_marked_one_by_one() {
+    need_kernel!();
+    let node = named("SOE_VM_NVME");
+    let bench = Bench::new("scattered");
+    let map = bench.map(&node);
+    let scattered = [0, 16, 48, 32].map(|at| at * MIB);
+    let upper = scattered_over(&node, "scattered", 128, &scattered);
+    let before = assert_whole(&map);
+    let merges = statistic(&node, DISCARD_MERGES);
+    let since = map.bump().unwrap();
+    let file = open_direct(&upper.path).unwrap();
+    erase(&file, Erase::Discard, 0, 4 * 65536);
+    assert_eq!(
+        statistic(&node, DISCARD_MERGES) - merges,
+        3,
+        "it was not one request, so nothing was shown"
+    );
+    let after = assert_whole(&map);
+    assert_eq!(after.queued - before.queued, 4 * 128);
+    let mut sorted = scattered.map(|at| (at, 65536));
+    sorted.sort_unstable();
+    assert_eq!(ranges(&map, since), expected(sorted));
+}
+
+#[test]
+fn a_discard_request_of_too_many_bios_ends_the_generation() {
+    need_kernel!();
+    let disk = LoopDevice::new(64 * MIB).unwrap();
+    // A loop disk merges nothing by itself.
+    set_sysfs(sysfs_of(&disk.path).join("queue/nomerges"), "0");
+    for (name, bios, told) in [
+        ("few", 256, Tracking::Complete),
+        ("many", 257, Tracking::Tainted(GenerationEnd::GapMiss)),
+    ] {
+        let bench = Bench::new(name);
+        let map = bench.map(&disk.path);
+        assert_whole(&map);
+        let at: Vec<u64> = (0..bios).map(|n| 16 * MIB + n * 4096).collect();
+        let upper = scattered_over(&disk.path, name, 8, &at);
+        let merges = statistic(&disk.path, DISCARD_MERGES);
+        let since = map.bump().unwrap();
+        let file = open_direct(&upper.path).unwrap();
+        erase(&file, Erase::Discard, 0, bios * 4096);
+        assert_eq!(
+            statistic(&disk.path, DISCARD_MERGES) - merges,
+            bios - 1,
+            "it was not one request, so nothing was shown"
+        );
+        assert_eq!(map.tracking(), told, "{bios} bios");
+        // The mark at the queue stands for what was not walked.
+        assert!(covers(&ranges(&map, since), 16 * MIB, bios * 4096));
+        if told == Tracking::Complete {
+            assert_whole(&map);
+        }
+    }
 }
 
 #[test]
