@@ -443,13 +443,18 @@ fn mark_bio_done(ctx: BtfTracePointContext) -> i32 {
     if !op::is_write(bio.op()) {
         return 0;
     }
-    let Some((slot, false)) = slot_of(bio.diskseq()) else {
-        return 0;
-    };
-    let Some(disk) = Disk::of(slot) else {
+    let Some((slot, is_path)) = slot_of(bio.diskseq()) else {
         return 0;
     };
     let status = bio.status();
+    // A path tells of the first bio of each request that it completes, before the request does. Only
+    // what it turned away was never in a request.
+    if is_path && status != STATUS_AGAIN {
+        return 0;
+    }
+    let Some(disk) = Disk::of(slot) else {
+        return 0;
+    };
     // Turned away is not failed: nobody will carry it out later.
     let failed = status != 0 && status != STATUS_AGAIN;
     let bio_based = disk.flags() & DISK_BIO_BASED != 0;

@@ -162,6 +162,7 @@ impl Md {
             set("new_dev", &sysfs(member.join("dev")));
             let device = array.folder.join(format!("dev-{name}"));
             set_sysfs(device.join("slot"), &slot.to_string());
+            set_sysfs(device.join("size"), &kib.to_string());
         }
         if level == "raid1" {
             // The members are blank and equal.
@@ -288,7 +289,8 @@ impl Throttle {
     /// Holds all writes of members back until the value is dropped, also by a panic: threads that
     /// wait could not be joined otherwise.
     pub fn hold(&self) -> Held<'_> {
-        self.set(Some(1));
+        // The least that either hierarchy takes.
+        self.set(Some(2));
         Held(self)
     }
 

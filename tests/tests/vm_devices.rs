@@ -6,8 +6,8 @@ use std::time::Duration;
 use soe_agent::capture::CapturePolicy;
 use soe_agent::observe::disk::SliceMap;
 use soe_agent::seam::{ChangeMap, GenerationEnd, Tracking};
-use soe_tests::device::{Aligned, LoopDevice, open_direct, write_direct};
-use soe_tests::guest::{Md, NullBlk, ScsiDebug, modprobe};
+use soe_tests::device::{Aligned, LoopDevice, open_direct, run, write_direct};
+use soe_tests::guest::{Md, NullBlk, ScsiDebug};
 use soe_tests::kernel::{
     Bench, Erase, MIB, Setting, assert_whole, covers, erase, expected, ranges, settled, statistic,
     sysfs, sysfs_of, wait_for,
@@ -250,7 +250,8 @@ fn a_vanished_null_blk_disk_is_gone_for_the_map_too() {
 #[test]
 fn with_an_elevator_between_nothing_is_lost() {
     need_kernel!();
-    modprobe(&["mq-deadline"]);
+    // Built in on some kernels.
+    let _ = run("modprobe", &["mq-deadline"]);
     let disk = NullBlk::new(
         "elevator",
         64,

@@ -2,7 +2,7 @@
 //! mount point, found through sysfs. A volume is tracked by its whole disk, in absolute sectors.
 
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use soe_common::SECTOR_SIZE;
@@ -152,7 +152,7 @@ impl Disk {
                 io::ErrorKind::Unsupported,
                 format!(
                     "{} does not count its IO, so it cannot be told when no write is in flight; \
-                     switch the count on (echo 1 > {}/queue/iostats)",
+                     if its driver can count, switch that on (echo 1 > {}/queue/iostats)",
                     self.name,
                     self.sys.display()
                 ),
@@ -175,11 +175,45 @@ impl Disk {
 
     /// Whether the device counts its IO, and all of its paths are still there.
     pub fn keeps_statistics(&self) -> bool {
+        // Some bio-based drivers count whatever the switch says, and some never do: it shows.
+        if self.is_bio_based() {
+            return self.counts_a_read().unwrap_or(false);
+        }
         let counting = self.counting();
         counting.len() >= self.hidden_paths.len().max(1)
             && counting
                 .iter()
                 .all(|folder| text(&folder.join("queue/iostats")).is_ok_and(|s| s == "1"))
+    }
+
+    /// Reads one block and tells whether the device counted it.
+    fn counts_a_read(&self) -> io::Result<bool> {
+        const BLOCK: usize = 4096;
+        let reads = || {
+            let stat = text(&self.sys.join("stat"))?;
+            let first = stat.split_whitespace().next().unwrap_or_default();
+            first.parse::<u64>().map_err(|_| io::ErrorKind::InvalidData.into())
+        };
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(Path::new("/dev").join(&self.name))?;
+        let mut memory = vec![0; 2 * BLOCK];
+        let start = memory.as_ptr().align_offset(BLOCK);
+        let block = memory.get_mut(start..start + BLOCK).ok_or(io::ErrorKind::OutOfMemory)?;
+        let before: io::Result<u64> = reads();
+        // A suspended node turns it away instead of holding us up.
+        let mut into = [io::IoSliceMut::new(block)];
+        let nowait = rustix::io::ReadWriteFlags::NOWAIT;
+        match rustix::io::preadv2(&file, &mut into, 0, nowait) {
+            Err(rustix::io::Errno::OPNOTSUPP) => {
+                rustix::io::preadv(&file, &mut into, 0)?;
+            }
+            done => {
+                done?;
+            }
+        }
+        Ok(reads()? != before?)
     }
 
     /// Sectors written and discarded by the device's own statistics (Documentation/block/stat.rst:
