@@ -294,7 +294,7 @@ impl Agent {
         let rate = self.ceiling();
         // Why a generation began while nobody looked, if one did: the newest layer knows the old one.
         let reason = match began {
-            Some(GenerationEnd::Resize) => GenerationEnd::Resize,
+            Some(end @ (GenerationEnd::Resize | GenerationEnd::Remapped)) => end,
             Some(_) if lock(&self.state).boot_id.is_empty() => GenerationEnd::First,
             Some(_) if lock(&self.state).boot_id != boot_id() => GenerationEnd::GapBoot,
             Some(_) => GenerationEnd::GapMiss,
