@@ -106,7 +106,10 @@ impl NullBlk {
         let named = PathBuf::from(format!("/dev/soe-test-{name}"));
         let numbered = PathBuf::from(format!("/dev/nullb{}", sysfs(disk.folder.join("index"))));
         disk.path = wait_for("no node of null_blk", || {
-            [&named, &numbered].into_iter().find(|n| n.exists()).cloned()
+            [&named, &numbered]
+                .into_iter()
+                .find(|n| n.exists())
+                .cloned()
         });
         disk
     }
@@ -243,7 +246,10 @@ fn home(mount: &Path, controller: &str) -> PathBuf {
     let path = groups.lines().find_map(|line| {
         let (_, rest) = line.split_once(':')?;
         let (controllers, path) = rest.split_once(':')?;
-        controllers.split(',').any(|one| one == controller).then_some(path)
+        controllers
+            .split(',')
+            .any(|one| one == controller)
+            .then_some(path)
     });
     mount.join(path.unwrap_or("/").trim_start_matches('/'))
 }

@@ -213,15 +213,8 @@ pub fn write_nowait(device: &File, offset: u64, data: &[u8]) -> bool {
         iov_len: data.len(),
     };
     // SAFETY: one live buffer.
-    let written = unsafe {
-        libc::pwritev2(
-            device.as_raw_fd(),
-            &vec,
-            1,
-            offset as i64,
-            libc::RWF_NOWAIT,
-        )
-    };
+    let written =
+        unsafe { libc::pwritev2(device.as_raw_fd(), &vec, 1, offset as i64, libc::RWF_NOWAIT) };
     if written >= 0 {
         return true;
     }

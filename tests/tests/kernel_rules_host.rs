@@ -206,7 +206,10 @@ fn a_discard_request_of_too_many_bios_ends_the_generation() {
         return;
     };
     println!("{merged} of 400 discards merged");
-    assert!(merged >= 257, "no request was too long, so nothing was shown");
+    assert!(
+        merged >= 257,
+        "no request was too long, so nothing was shown"
+    );
     assert_eq!(map.tracking(), Tracking::Tainted(GenerationEnd::GapMiss));
     // The mark at the queue stands for what was not walked.
     assert!(covers(&ranges(&map, since), 16 * MIB, 400 * 4096));
@@ -359,7 +362,10 @@ fn a_loop_disk_that_is_detached_while_it_is_tracked_is_gone_for_the_map_too() {
 #[test]
 fn writes_to_one_disk_are_not_marked_on_another() {
     need_kernel!();
-    let (one, two) = (LoopDevice::new(32 * MIB).unwrap(), LoopDevice::new(32 * MIB).unwrap());
+    let (one, two) = (
+        LoopDevice::new(32 * MIB).unwrap(),
+        LoopDevice::new(32 * MIB).unwrap(),
+    );
     let bench = Bench::new("two");
     let (first, second) = (bench.map(&one.path), bench.map(&two.path));
     assert_whole(&first);

@@ -49,11 +49,7 @@ fn exercise_erasing(map: &SliceMap, node: &Path) {
         erase(&file, how, 8 * MIB, MIB);
         erase(&file, how, 24 * MIB + 4096, 4096);
         let after = assert_whole(map);
-        assert_eq!(
-            after.queued - before.queued,
-            (MIB + 4096) / 512,
-            "{how:?}"
-        );
+        assert_eq!(after.queued - before.queued, (MIB + 4096) / 512, "{how:?}");
         assert_eq!(
             ranges(map, since),
             expected([(8 * MIB, MIB), (24 * MIB, 65536)]),
@@ -88,10 +84,7 @@ fn a_bio_based_disk_that_counts_nothing_is_marked_and_never_said_to_be_at_rest()
     let since = map.bump().unwrap();
     let file = open_direct(&disk.path).unwrap();
     write_direct(&file, 3 * MIB + 512, 5 << 20, 2).unwrap();
-    assert_eq!(
-        ranges(&map, since),
-        expected([(3 * MIB, 5 * MIB + 65536)])
-    );
+    assert_eq!(ranges(&map, since), expected([(3 * MIB, 5 * MIB + 65536)]));
     assert_eq!(statistic(&disk.path, 6), 0, "it does not count");
     let error = map.reading().unwrap_err().to_string();
     assert!(error.contains("does not count its IO"), "{error}");
@@ -213,7 +206,9 @@ fn a_scsi_disk_and_its_passthrough() {
             ];
             buffer.bytes_mut().copy_from_slice(&list);
         } else {
-            buffer.bytes_mut().copy_from_slice(&data.bytes_mut()[..bytes]);
+            buffer
+                .bytes_mut()
+                .copy_from_slice(&data.bytes_mut()[..bytes]);
         }
         let status = scsi(&file, command, way, &mut buffer).unwrap();
         assert_eq!(status, 0, "SCSI status of {:#x}", command[0]);
@@ -255,7 +250,11 @@ fn with_an_elevator_between_nothing_is_lost() {
     let disk = NullBlk::new(
         "elevator",
         64,
-        &[("queue_mode", "2"), ("hw_queue_depth", "2"), ("discard", "1")],
+        &[
+            ("queue_mode", "2"),
+            ("hw_queue_depth", "2"),
+            ("discard", "1"),
+        ],
     );
     let scheduler = sysfs_of(&disk.path).join("queue/scheduler");
     let _deadline = Setting::new(scheduler.clone(), "mq-deadline");

@@ -297,7 +297,11 @@ fn scattered_over(lower: &Path, name: &str, sectors: u64, at: &[u64]) -> Mapper 
         .enumerate()
         .map(|(n, byte)| {
             let start = n as u64 * sectors;
-            format!("{start} {sectors} linear {} {}", lower.display(), byte / 512)
+            format!(
+                "{start} {sectors} linear {} {}",
+                lower.display(),
+                byte / 512
+            )
         })
         .collect();
     Mapper::new(name, &table.join("\n")).unwrap()

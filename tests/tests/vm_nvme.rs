@@ -211,7 +211,10 @@ fn passthrough_that_may_write_ends_the_generation_and_reading_does_not() {
         let ring = |command: Nvme| {
             after_command(&node, |_| {
                 let generic = File::open(generic_of(&node)).or_else(|_| {
-                    File::options().read(true).write(true).open(generic_of(&node))
+                    File::options()
+                        .read(true)
+                        .write(true)
+                        .open(generic_of(&node))
                 });
                 command.send_by_ring(&generic.unwrap()).unwrap();
             })
@@ -226,7 +229,12 @@ fn passthrough_that_may_write_ends_the_generation_and_reading_does_not() {
         assert_eq!(io(read), Tracking::Complete, "read of {}", node.display());
         assert_eq!(io(flush), Tracking::Complete, "flush of {}", node.display());
         assert_eq!(ring(write), suspect, "write to {} by ring", node.display());
-        assert_eq!(ring(zeroes), suspect, "zeroes to {} by ring", node.display());
+        assert_eq!(
+            ring(zeroes),
+            suspect,
+            "zeroes to {} by ring",
+            node.display()
+        );
         assert_eq!(ring(read), Tracking::Complete, "read of {}", node.display());
         let identify = Nvme::new(nvme::IDENTIFY, 0, 0).with(&mut data);
         assert_eq!(

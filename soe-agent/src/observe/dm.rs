@@ -68,7 +68,11 @@ pub fn table(major: u32, minor: u32) -> io::Result<Vec<Target>> {
     let mut bytes = 16 << 10;
     while bytes <= MOST_BYTES {
         let mut buffer = vec![0u8; bytes];
-        for (at, word) in [(0, 4u32), (DATA_SIZE, bytes as u32), (DATA_START, HEADER as u32)] {
+        for (at, word) in [
+            (0, 4u32),
+            (DATA_SIZE, bytes as u32),
+            (DATA_START, HEADER as u32),
+        ] {
             buffer[at..at + 4].copy_from_slice(&word.to_ne_bytes());
         }
         let flags = DM_STATUS_TABLE_FLAG | DM_SECURE_DATA_FLAG;
@@ -79,7 +83,8 @@ pub fn table(major: u32, minor: u32) -> io::Result<Vec<Target>> {
         buffer[DEVICE..DEVICE + 8].copy_from_slice(&device.to_ne_bytes());
         // SAFETY: the buffer begins with a whole `struct dm_ioctl` that tells the buffer's size, within
         // which the kernel writes.
-        let done = unsafe { libc::ioctl(control.as_raw_fd(), DM_TABLE_STATUS, buffer.as_mut_ptr()) };
+        let done =
+            unsafe { libc::ioctl(control.as_raw_fd(), DM_TABLE_STATUS, buffer.as_mut_ptr()) };
         if done != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -96,7 +101,10 @@ pub fn table(major: u32, minor: u32) -> io::Result<Vec<Target>> {
 }
 
 fn cut() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "a device-mapper table is cut off")
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "a device-mapper table is cut off",
+    )
 }
 
 fn bytes_at<const N: usize>(buffer: &[u8], at: usize) -> io::Result<[u8; N]> {

@@ -1,8 +1,9 @@
 //! What a name stands for: whole disk, partition, device-mapper node, loop device, by-id link or
 //! mount point, found through sysfs. A volume is tracked by its whole disk, in absolute sectors.
 
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use soe_common::SECTOR_SIZE;
@@ -119,6 +120,11 @@ impl Disk {
         self.flags & DISK_BIO_BASED != 0
     }
 
+    /// Whether commands can reach the disk past the block layer's bios.
+    pub(super) fn takes_passthrough(&self) -> bool {
+        self.flags & (DISK_NVME | DISK_SCSI) != 0
+    }
+
     /// Whether the node still is the same disk of the same size, with the same blocks behind it and
     /// no path to them that the programs do not know.
     pub fn is_still_there(&self) -> bool {
@@ -145,8 +151,9 @@ impl Disk {
         self.paths().into_iter().map(|(_, folder)| folder).collect()
     }
 
-    /// Reads and writes in flight by the device's own count, which has to be switched on.
-    pub fn in_flight(&self) -> io::Result<u64> {
+    /// The files by which the device tells what it did and what is in flight. An error tells what to
+    /// do where it does not count.
+    pub(super) fn statistics(&self) -> io::Result<Vec<Statistics>> {
         if !self.keeps_statistics() {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
@@ -158,14 +165,13 @@ impl Disk {
                 ),
             ));
         }
-        let mut sum = 0;
-        for folder in self.counting() {
-            sum += text(&folder.join("inflight"))?
-                .split_whitespace()
-                .filter_map(|n| n.parse::<u64>().ok())
-                .sum::<u64>();
-        }
-        Ok(sum)
+        let open = |folder: &PathBuf| {
+            Ok(Statistics {
+                stat: File::open(folder.join("stat"))?,
+                in_flight: File::open(folder.join("inflight"))?,
+            })
+        };
+        self.counting().iter().map(open).collect()
     }
 
     /// Whether a device-mapper disk is suspended: bios wait there uncounted.
@@ -192,7 +198,9 @@ impl Disk {
         let reads = || {
             let stat = text(&self.sys.join("stat"))?;
             let first = stat.split_whitespace().next().unwrap_or_default();
-            first.parse::<u64>().map_err(|_| io::ErrorKind::InvalidData.into())
+            first
+                .parse::<u64>()
+                .map_err(|_| io::ErrorKind::InvalidData.into())
         };
         let file = std::fs::OpenOptions::new()
             .read(true)
@@ -200,7 +208,9 @@ impl Disk {
             .open(Path::new("/dev").join(&self.name))?;
         let mut memory = vec![0; 2 * BLOCK];
         let start = memory.as_ptr().align_offset(BLOCK);
-        let block = memory.get_mut(start..start + BLOCK).ok_or(io::ErrorKind::OutOfMemory)?;
+        let block = memory
+            .get_mut(start..start + BLOCK)
+            .ok_or(io::ErrorKind::OutOfMemory)?;
         let before: io::Result<u64> = reads();
         // A suspended node turns it away instead of holding us up.
         let mut into = [io::IoSliceMut::new(block)];
@@ -216,23 +226,6 @@ impl Disk {
         Ok(reads()? != before?)
     }
 
-    /// Sectors written and discarded by the device's own statistics (Documentation/block/stat.rst:
-    /// fields 7 and 14).
-    pub fn sectors_changed(&self) -> io::Result<u64> {
-        let mut sum = 0u64;
-        for folder in self.counting() {
-            let stat = text(&folder.join("stat"))?;
-            let field = |index: usize| {
-                stat.split_whitespace()
-                    .nth(index)
-                    .and_then(|n| n.parse::<u64>().ok())
-                    .unwrap_or(0)
-            };
-            sum = sum.wrapping_add(field(6)).wrapping_add(field(13));
-        }
-        Ok(sum)
-    }
-
     /// Disks and partitions stacked on this one.
     pub fn holders(&self) -> Vec<String> {
         names_in(&self.sys.join("holders"))
@@ -241,6 +234,41 @@ impl Disk {
     /// Disks below this one (device-mapper, md).
     pub fn members(&self) -> Vec<String> {
         names_in(&self.sys.join("slaves"))
+    }
+}
+
+/// What a device says of itself, its files kept open.
+#[derive(Debug)]
+pub(super) struct Statistics {
+    stat: File,
+    in_flight: File,
+}
+
+impl Statistics {
+    /// Field `index` of a file, of fields of numbers.
+    fn fields<const N: usize>(file: &File, wanted: [usize; N]) -> io::Result<[u64; N]> {
+        let mut buffer = [0; 512];
+        let len = file.read_at(&mut buffer, 0)?;
+        let text = std::str::from_utf8(buffer.get(..len).unwrap_or_default())
+            .map_err(|_| io::ErrorKind::InvalidData)?;
+        let fields: Vec<&str> = text.split_whitespace().collect();
+        let mut found = [0; N];
+        for (found, index) in found.iter_mut().zip(wanted) {
+            let field = fields.get(index).and_then(|field| field.parse().ok());
+            *found = field.ok_or(io::ErrorKind::InvalidData)?;
+        }
+        Ok(found)
+    }
+
+    /// Sectors written and discarded (Documentation/block/stat.rst: fields 7 and 14).
+    pub(super) fn sectors_changed(&self) -> io::Result<u64> {
+        let [written, discarded] = Self::fields(&self.stat, [6, 13])?;
+        Ok(written.wrapping_add(discarded))
+    }
+
+    /// Writes, discards included, that are in flight.
+    pub(super) fn writes_in_flight(&self) -> io::Result<u64> {
+        Self::fields(&self.in_flight, [1]).map(|[writes]| writes)
     }
 }
 

@@ -66,7 +66,10 @@ pub fn command(args: &Args) -> Result<i32> {
         println!("{line}");
     })?;
     if table.keep()? {
-        println!("what the verifier said is in {}", verifier::path().display());
+        println!(
+            "what the verifier said is in {}",
+            verifier::path().display()
+        );
     }
     match verdict {
         Verdict::Code(code) => Ok(code),
