@@ -91,6 +91,7 @@ pub fn settled(map: &dyn ChangeMap) -> Reading {
     let mut last = None;
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
+        map.settle().expect("settled");
         let reading = map.reading().expect("reading");
         if reading.nothing_in_flight() {
             return reading;

@@ -148,6 +148,8 @@ fn a_write_on_a_suspended_node_is_in_flight_and_no_base_is_taken() {
         let late_map = late.map(&node.path);
         let late_since = late_map.epoch();
         for _ in 0..20 {
+            map.settle().unwrap();
+            late_map.settle().unwrap();
             assert!(!map.reading().unwrap().nothing_in_flight());
             assert!(!late_map.reading().unwrap().nothing_in_flight());
             assert_eq!(map.track().audit().unwrap(), None);

@@ -133,7 +133,6 @@ impl DiskTrack {
             slot,
             disk: disk.clone(),
             geometry,
-            uncertain: AtomicU64::new(0),
         })
     }
 
