@@ -122,6 +122,7 @@ fn write_every_table(dir: &Path) -> Result<()> {
     fill(&store, |ts| EventRow {
         ts,
         received: ts,
+        expected: Some(ts + 60 * SECOND_NS),
         id: ts.to_string(),
         source: "/ci".into(),
         kind: "deployment".into(),

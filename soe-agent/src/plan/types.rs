@@ -9,6 +9,7 @@ use crate::model::burst::BurstRule;
 use crate::model::name::Name;
 use crate::model::{LoadBin, QuantileForecast, TimeScale, VolumeName};
 use crate::seam::UnixNanos;
+use crate::window::EventRow;
 
 /// The name of a snapshot group.
 pub type GroupName = Name;
@@ -114,6 +115,17 @@ pub struct ExternalEvent {
     pub volumes: Vec<VolumeName>,
     /// When a burst is announced by it, if it announces one.
     pub burst_expected_at: Option<UnixNanos>,
+}
+
+impl From<EventRow> for ExternalEvent {
+    fn from(row: EventRow) -> Self {
+        Self {
+            id: row.id,
+            kind: row.kind,
+            volumes: row.volumes.iter().map(|v| VolumeName::from(&**v)).collect(),
+            burst_expected_at: row.expected,
+        }
+    }
 }
 
 /// Everything that can happen to the brain.

@@ -98,6 +98,8 @@ pub struct Agent {
     pub(super) ready: AtomicBool,
     /// Held by the capture that is under way.
     pub(super) capture_turn: Mutex<()>,
+    /// Held by the call that takes an event.
+    pub(super) event_turn: Mutex<()>,
     /// Whether a volume is being recorded.
     pub(super) recording: Mutex<bool>,
     /// Jobs on threads of their own, joined at the end.
@@ -220,12 +222,14 @@ impl Agent {
             stopping: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             capture_turn: Mutex::new(()),
+            event_turn: Mutex::new(()),
             recording: Mutex::new(false),
             jobs: Mutex::default(),
             config,
         };
         agent.adopt_groups();
         agent.prime();
+        agent.recall_announcements();
         agent.ready.store(true, Ordering::SeqCst);
         Ok(agent)
     }

@@ -1,11 +1,13 @@
 //! Wires the agent: the only place that builds concrete parts.
 //!
 //! `agent` holds the parts, `heart` is the heartbeat that samples, decides and carries out,
-//! `capture` runs a capture, `engine` answers callers, `groups` keeps the groups.
+//! `capture` runs a capture, `engine` answers callers, `events` takes events from outside, `groups` keeps
+//! the groups.
 
 mod agent;
 mod capture;
 mod engine;
+mod events;
 mod groups;
 mod heart;
 mod report;

@@ -217,6 +217,32 @@ fn the_same_time_of_a_volume_is_imported_once() {
     assert_eq!(rows::<IoRecord>(&dir).len(), 2);
 }
 
+/// What counts is what the windows cover: a bin of hours that begins long before the import, and
+/// seconds in which a volume was idle while the trace went on.
+#[test]
+fn windows_that_reach_into_each_other_are_refused() {
+    let bins = "0,a,1,1,1,1\n7200,a,1,1,1,1\n";
+    for (first, second, overlap) in [
+        (bins, "14399000000,a,R,0,512\n", true),
+        (bins, "14400000000,a,R,0,512\n", false),
+        (bins, "14399000000,b,R,0,512\n", false),
+        // The trace goes on after the only request to a, which was idle then.
+        (
+            "9000,a,1,1,1,1\n9001,a,1,1,1,1\n",
+            "1000000,a,R,0,512\n9500000000,b,R,0,512\n",
+            true,
+        ),
+    ] {
+        let (dir, imported) = import(ImportFormat::Series, first, None);
+        imported.unwrap();
+        let before = rows::<VolumeWindow>(&dir).len();
+        let file = write(dir.path(), "second.csv", second);
+        let result = import_files(ImportFormat::Csv, &[file], None, &dir.path().join("out"));
+        assert_eq!(result.is_err(), overlap, "{first} and {second}: {result:?}");
+        assert_eq!(rows::<VolumeWindow>(&dir).len() > before, !overlap);
+    }
+}
+
 #[test]
 fn compressed_traces_and_several_files_are_read() {
     let dir = tempfile::tempdir().unwrap();
