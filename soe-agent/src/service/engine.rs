@@ -314,18 +314,16 @@ impl Engine for Arc<Agent> {
             };
             let stream =
                 futures::stream::unfold(agent.watch.subscribe(), |mut receiver| async move {
-                    loop {
-                        match receiver.recv().await {
-                            Ok(item) => return Some((item, receiver)),
-                            Err(broadcast::error::RecvError::Lagged(items)) => {
-                                let missed = WatchItem {
-                                    at: crate::io::SystemClock.now(),
-                                    event: WatchEvent::Missed { items },
-                                };
-                                return Some((missed, receiver));
-                            }
-                            Err(broadcast::error::RecvError::Closed) => return None,
+                    match receiver.recv().await {
+                        Ok(item) => Some((item, receiver)),
+                        Err(broadcast::error::RecvError::Lagged(items)) => {
+                            let missed = WatchItem {
+                                at: crate::io::SystemClock.now(),
+                                event: WatchEvent::Missed { items },
+                            };
+                            Some((missed, receiver))
                         }
+                        Err(broadcast::error::RecvError::Closed) => None,
                     }
                 });
             let concerns = move |item: &WatchItem| {
