@@ -311,11 +311,13 @@ impl GroupSum {
 }
 
 /// What is needed to prove the row groups of a file whose tail was proven. Keeps no file open.
+#[cfg(feature = "sql")]
 pub(super) struct Proof {
     path: PathBuf,
     groups: Vec<GroupSum>,
 }
 
+#[cfg(feature = "sql")]
 impl Proof {
     /// Number of row groups that can be proven.
     pub fn row_groups(&self) -> usize {
@@ -447,6 +449,7 @@ impl HistoryFile {
     }
 
     /// What proves the row groups later; a file that nothing vouches for is decoded here and now.
+    #[cfg(feature = "sql")]
     pub fn into_proof(self) -> Result<Proof> {
         if self.foreign {
             (0..self.row_groups()).try_for_each(|group| self.prove_group(group))?;
