@@ -217,6 +217,11 @@ pub enum Event {
         /// The promotion's reason, or why it failed.
         outcome: Result<String, String>,
     },
+    /// The planner's settings changed. The time scale stays: it is fixed when the agent starts.
+    Reconfigured {
+        /// The new settings.
+        config: Box<PlannerConfig>,
+    },
     /// A volume is gone.
     VolumeGone {
         /// The volume.

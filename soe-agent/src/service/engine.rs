@@ -154,7 +154,7 @@ impl Engine for Arc<Agent> {
             Ok(layer_detail(
                 &found.manifest,
                 found.layer(),
-                agent.config.store.compression.to_string(),
+                agent.config().store.compression.to_string(),
             ))
         })
     }

@@ -37,20 +37,21 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let mut sampled = clock.monotonic();
     let mut apps = HashMap::new();
     while !agent.stopping() {
-        let next = (sampled + agent.config.history.interval).min(ticked + agent.config.plan.tick);
+        let next =
+            (sampled + agent.config().history.interval).min(ticked + agent.config().plan.tick);
         let now = clock.monotonic();
         if now < next {
             clock.sleep((next - now).min(Duration::from_millis(100)));
             continue;
         }
-        if now >= sampled + agent.config.history.interval {
+        if now >= sampled + agent.config().history.interval {
             // A beat that came late makes one longer window, not several short ones.
             sampled = now;
-            let heat = now >= heat_at + agent.config.history.region_interval;
+            let heat = now >= heat_at + agent.config().history.region_interval;
             if heat {
                 heat_at = now;
             }
-            for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
+            for entry in agent.all_entries() {
                 sample(agent, &entry, heat);
             }
             if heat {
@@ -60,7 +61,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
                 tracing::warn!(%error, "the history could not be written; its rows wait in memory");
             }
         }
-        if now >= ticked + agent.config.plan.tick {
+        if now >= ticked + agent.config().plan.tick {
             ticked = now;
             agent.apply(Event::Tick);
         }
@@ -77,7 +78,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
         lock(&agent.jobs).retain(|job| !job.is_finished());
     }
     // The windows that the stop cut short.
-    for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
+    for entry in agent.all_entries() {
         sample(agent, &entry, true);
     }
     sample_apps(agent, &mut apps);
@@ -99,7 +100,7 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
     let interval = if now > since {
         now - since
     } else {
-        nanos(agent.config.history.interval)
+        nanos(agent.config().history.interval)
     };
     let of = WindowOf {
         start: now - interval,
@@ -180,7 +181,7 @@ fn heat_rows(
     before: &mut std::collections::BTreeMap<u64, (u32, u32)>,
     now: UnixNanos,
 ) -> Vec<RegionHeatRow> {
-    let interval = nanos(agent.config.history.region_interval);
+    let interval = nanos(agent.config().history.region_interval);
     let region_bytes = soe_common::SECTOR_SIZE << entry.track.geometry().region_shift;
     let first = entry.volume.start * soe_common::SECTOR_SIZE / region_bytes;
     let end = entry.volume.end * soe_common::SECTOR_SIZE;
@@ -202,7 +203,7 @@ fn heat_rows(
         }
         map.record_unit(now, region - first, f64::from(reads), f64::from(writes));
         rows.push(RegionHeatRow {
-            ts: floor_to(now - interval, nanos(agent.config.history.interval)),
+            ts: floor_to(now - interval, nanos(agent.config().history.interval)),
             interval,
             volume: entry.name.as_str().into(),
             region: (region - first) * (region_bytes >> 20),
@@ -220,8 +221,9 @@ fn sample_apps(agent: &Agent, before: &mut HashMap<CgroupKey, CgroupStats>) {
         Err(error) => return tracing::warn!(%error, "no statistics by control group"),
     };
     let names = cgroups::paths();
-    let entries: Vec<Arc<Entry>> = lock(&agent.entries).values().cloned().collect();
-    let interval = nanos(agent.config.history.region_interval);
+    let entries = agent.all_entries();
+    let config = agent.config();
+    let interval = nanos(config.history.region_interval);
     let ts = agent.clock.now() - interval;
     let mut rows = Vec::new();
     for (key, now) in &counts {
@@ -237,7 +239,7 @@ fn sample_apps(agent: &Agent, before: &mut HashMap<CgroupKey, CgroupStats>) {
             .get(&key.cgroup)
             .cloned()
             .unwrap_or_else(|| key.cgroup.to_string());
-        let app = agent.config.host.app.iter().find(|app| {
+        let app = config.host.app.iter().find(|app| {
             path == app.cgroup
                 || path.starts_with(&format!("{}/", app.cgroup.trim_end_matches('/')))
         });
@@ -414,7 +416,7 @@ impl Agent {
         None
     }
 
-    fn job(&self, name: &str, work: impl FnOnce() + Send + 'static) {
+    pub(super) fn job(&self, name: &str, work: impl FnOnce() + Send + 'static) {
         match std::thread::Builder::new()
             .name(format!("soe-{name}"))
             .spawn(work)
@@ -584,7 +586,7 @@ impl Agent {
         };
         // SAFETY: setpriority of this thread touches no memory.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
-        let seed = u64::from(self.config.model.seed);
+        let seed = u64::from(self.config().model.seed);
         let trained =
             train(&dataset, budget, seed, None, &self.stopping).map_err(|e| e.to_string())?;
         self.metrics
@@ -597,7 +599,7 @@ impl Agent {
         match promotion {
             Promotion::Promoted { reason } => {
                 trained
-                    .save(&self.config.state_dir().join("model.soe"))
+                    .save(&self.config().state_dir().join("model.soe"))
                     .map_err(|e| e.to_string())?;
                 Ok(reason)
             }
