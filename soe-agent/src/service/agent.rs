@@ -11,6 +11,7 @@ use tokio::sync::{broadcast, oneshot};
 
 use super::ServiceError;
 use super::state::{Group, State, StateLock, boot_id};
+use super::steps::Moment;
 use crate::api::engine::EngineError;
 use crate::api::types::{Decision, LayerInfo, WatchEvent, WatchItem};
 use crate::capture::guard::marker;
@@ -28,7 +29,7 @@ use crate::observe::disk::{DiskTrack, SliceMap};
 use crate::observe::tracker::{Start, Tracker, TrackerOptions};
 use crate::observe::volumes::{self, Volume};
 use crate::plan::{Brain, PlannerConfig};
-use crate::seam::{ChangeMap, Clock, GenerationEnd, UnixNanos};
+use crate::seam::{ChangeMap, Clock, GenerationEnd};
 use crate::stage::area::StageArea;
 use crate::stage::score::{HeatMap, ScoreConfig};
 use crate::window::{Name, VolumeWindow};
@@ -49,7 +50,7 @@ pub(super) struct Mind {
 /// What the sampler keeps of one volume between two windows.
 pub(super) struct Sampling {
     /// The totals at the end of the last window, and when that was.
-    pub(super) last: Option<(UnixNanos, Vec<DiskStats>)>,
+    pub(super) last: Option<(Moment, Vec<DiskStats>)>,
     /// The bin being filled: its index and what is in it.
     pub(super) bin: Option<(i64, LoadBin)>,
     /// Heat totals at the last heat interval.
@@ -306,7 +307,8 @@ impl Agent {
             None => GenerationEnd::First,
         };
         // The first window begins now; what the kernel counted while no agent ran belongs to none.
-        let last = track.stats().ok().map(|stats| (self.clock.now(), stats));
+        let last = track.stats().ok();
+        let last = last.map(|stats| (Moment::now(&*self.clock), stats));
         let region = soe_common::SECTOR_SIZE << track.geometry().region_shift;
         let entry = Arc::new(Entry {
             name: name.to_string(),

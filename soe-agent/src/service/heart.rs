@@ -10,6 +10,7 @@ use soe_common::record::{CgroupKey, CgroupStats};
 
 use super::agent::{Agent, Entry, lock};
 use super::sampler::{WindowOf, window};
+use super::steps::{Moment, SoberTime};
 use crate::api::types::{self, LoadSample, WatchEvent};
 use crate::io::{ReadOptions, VolumeSpec, open_reader};
 use crate::model::{Forecaster, LoadBin, QuantileForecast, SHORT_HORIZON, VolumeName};
@@ -36,6 +37,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let mut heat_at = clock.monotonic();
     let mut sampled = clock.monotonic();
     let mut apps = HashMap::new();
+    let mut sober = SoberTime::new(Moment::now(&*clock));
     while !agent.stopping() {
         let next =
             (sampled + agent.config().history.interval).min(ticked + agent.config().plan.tick);
@@ -67,7 +69,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
         }
         if now >= maintained + MAINTAIN_EVERY {
             maintained = now;
-            match agent.history.maintain(clock.now()) {
+            match agent.history.maintain(sober.at(Moment::now(&*clock))) {
                 Ok(done) => done
                     .skipped
                     .iter()
@@ -86,24 +88,20 @@ pub(super) fn beat(agent: &Arc<Agent>) {
 
 /// Closes the window of one volume.
 fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
-    let now = agent.clock.now();
+    let moment = Moment::now(&*agent.clock);
+    let now = moment.wall;
     let stats = match entry.track.stats() {
         Ok(stats) => stats,
         Err(error) => return tracing::warn!(volume = entry.name, %error, "no statistics"),
     };
     entry.track.next_window(heat);
     let mut sampling = lock(&entry.sampling);
-    let Some((since, before)) = sampling.last.replace((now, stats.clone())) else {
+    let Some((since, before)) = sampling.last.replace((moment, stats.clone())) else {
         return;
     };
-    // A clock that stepped back makes a window of the configured length at the new time.
-    let interval = if now > since {
-        now - since
-    } else {
-        nanos(agent.config().history.interval)
-    };
+    let (start, interval) = moment.window_since(since);
     let of = WindowOf {
-        start: now - interval,
+        start,
         interval,
         host: agent.host(),
         volume: entry.name.as_str().into(),

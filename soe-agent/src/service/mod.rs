@@ -17,6 +17,7 @@ mod restore;
 mod sampler;
 pub mod sink;
 mod state;
+mod steps;
 mod trace;
 
 use std::path::PathBuf;

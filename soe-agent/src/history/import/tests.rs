@@ -334,3 +334,32 @@ proptest! {
         prop_assert_eq!(rows::<VolumeWindow>(&dir).len(), rows::<VolumeWindow>(&again).len());
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    /// Whatever a file holds, it is imported or refused with one line that says why.
+    #[test]
+    fn any_file_is_imported_or_refused(
+        bytes in prop::collection::vec(any::<u8>(), 0..200),
+        line in "[0-9.,\"a-zRW\r\n-]{0,60}",
+        series in any::<bool>(),
+        zstd in any::<bool>(),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trace");
+        let (format, good) = match series {
+            true => (ImportFormat::Series, "0,a,1,1,1,1\n300,a,1,1,1,1\n"),
+            false => (ImportFormat::Csv, "1,a,R,0,512\n"),
+        };
+        let mut content = if zstd { b"\x28\xb5\x2f\xfd".to_vec() } else { good.as_bytes().to_vec() };
+        content.extend_from_slice(line.as_bytes());
+        content.extend_from_slice(&bytes);
+        fs::write(&path, &content).unwrap();
+        let out = dir.path().join("out");
+        if let Err(error) = import_files(format, &[path], Some("d"), &out) {
+            let text = error.to_string();
+            prop_assert!(!text.contains('\n') && text.len() < 1000, "{text}");
+            prop_assert!(leftovers(&dir).is_empty());
+        }
+    }
+}
