@@ -574,12 +574,20 @@ impl Agent {
     /// Trains the network on what the forecasters remember, and offers it for service.
     #[cfg(feature = "model")]
     pub(super) fn train(&self) -> Result<String, String> {
+        // A thread of its own, because its priority stays low.
+        std::thread::scope(|scope| scope.spawn(|| self.train_here()).join())
+            .unwrap_or_else(|_| Err("the training ended by a panic; the log says why".into()))
+    }
+
+    #[cfg(feature = "model")]
+    fn train_here(&self) -> Result<String, String> {
         use crate::model::Promotion;
         use crate::model::net::{Budget, train};
         let dataset = lock(&self.mind).mixture.dataset();
         let began = self.clock.monotonic();
         let budget = Budget {
             max_samples: 100_000,
+            cores: Some(self.config().limits.cpu),
             ..Budget::default()
         };
         // SAFETY: setpriority of this thread touches no memory.
