@@ -153,6 +153,8 @@ impl Capture<'_, '_> {
                 if pending > limit / 16 && self.attempt.converging() {
                     self.attempt.pass(sink)?;
                 }
+            } else {
+                self.attempt.settle()?;
             }
             clock.sleep(backoff);
             backoff = (backoff * 2).min(self.policy.backoff_max);
@@ -196,6 +198,7 @@ impl Capture<'_, '_> {
         loop {
             // What is flushed now is copied by a pass, what is dirty then is written in the pause.
             freezer.flush()?;
+            self.attempt.settle()?;
             let pending = self.attempt.pending()?;
             let need = self.attempt.reading_time(pending) + freezer.estimate();
             if need <= self.policy.pause_budget && pending <= self.policy.memory_limit {

@@ -295,6 +295,7 @@ impl StageArea {
         clock: &dyn Clock,
     ) -> Result<(Epoch, Misses), StageError> {
         for _ in 0..DRAIN_TRIES {
+            map.settle()?;
             let epoch = map.bump()?;
             map.grace()?;
             let reading = map.reading()?;
@@ -520,9 +521,11 @@ impl StageArea {
     }
 }
 
-/// A skipped run may have hidden a write; failed writes are marked like any other.
+/// Whether a write since the drain may have neither of its marks. One of them is enough: nothing was
+/// in flight at the drain, so a mark at the queue as well as one at the completion, made before the
+/// writer is told, carries its epoch or a later one. Failed writes are marked like any other.
 fn marks_missed(before: &Misses, now: &Misses) -> bool {
-    (before.queue, before.complete, before.stash) != (now.queue, now.complete, now.stash)
+    (before.queue != now.queue && before.complete != now.complete) || before.stash != now.stash
 }
 
 /// Blocks of `unit` bytes that `ranges` touch.
