@@ -349,15 +349,14 @@ impl Engine for Arc<Agent> {
 
 impl Agent {
     fn model_report(&self, volume: Option<String>) -> Result<ModelReport, EngineError> {
+        if let Some(volume) = &volume {
+            self.known(volume)?;
+        }
         let mind = lock(&self.mind);
         let network = mind.mixture.network();
-        let serving = match &volume {
-            Some(volume) => {
-                self.known(volume)?;
-                mind.mixture.serving(&VolumeName::from(volume.as_str()))
-            }
-            None => None,
-        };
+        let serving = volume
+            .as_ref()
+            .and_then(|volume| mind.mixture.serving(&VolumeName::from(volume.as_str())));
         Ok(ModelReport {
             serving: serving
                 .as_ref()

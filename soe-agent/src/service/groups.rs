@@ -37,11 +37,19 @@ impl Agent {
     }
 
     pub(super) fn known(&self, volume: &str) -> Result<Arc<Entry>, EngineError> {
-        self.entry(volume).ok_or_else(|| {
-            EngineError::not_found(format!(
-                "{volume} is in no group, so nothing is known of it; `soe group create` begins that"
-            ))
-        })
+        if let Some(entry) = self.entry(volume) {
+            return Ok(entry);
+        }
+        if self.volumes_of_groups().iter().any(|(v, _)| v == volume) {
+            let why = self.missing(volume).unwrap_or_default();
+            return Err(EngineError::new(
+                ErrorKind::Conflict,
+                format!("{volume} cannot be used now: {why}"),
+            ));
+        }
+        Err(EngineError::not_found(format!(
+            "{volume} is in no group, so nothing is known of it; `soe group create` begins that"
+        )))
     }
 
     pub(super) fn create(self: &Arc<Self>, spec: GroupSpec) -> Result<GroupStatus, EngineError> {
