@@ -459,20 +459,25 @@ fn mark_bio_done(ctx: BtfTracePointContext) -> i32 {
     if !op::is_write(bio.op()) {
         return 0;
     }
-    let Some((slot, false)) = slot_of(bio.diskseq()) else {
-        return 0;
-    };
-    let Some(disk) = Disk::of(slot) else {
+    let Some((slot, is_path)) = slot_of(bio.diskseq()) else {
         return 0;
     };
     let status = bio.status();
-    let (sector, sectors, failed);
-    if disk.flags() & DISK_BIO_BASED == 0 {
+    // A path tells of the first bio of each request that it completes, before the request does. Only
+    // what it turned away was never in a request.
+    if is_path && status != STATUS_AGAIN {
+        return 0;
+    }
+    let Some(disk) = Disk::of(slot) else {
+        return 0;
+    };
+    // Turned away is not failed: nobody will carry it out later.
+    let failed = status != 0 && status != STATUS_AGAIN;
+    let bio_based = disk.flags() & DISK_BIO_BASED != 0;
+    let (sector, sectors);
+    if !bio_based {
         sector = bio.sector();
         sectors = (bio.bytes() >> 9) as u64;
-        failed = status != 0 && status != STATUS_AGAIN;
-        // SAFETY: points into a map value.
-        fetch_add(unsafe { &raw mut (*disk.counters).rejected }, sectors);
     } else {
         // The bio's own range may have moved by now: it is as it was queued. The front of a split
         // bio has no entry; its sectors are those of the bio it was split from, which ends last.
@@ -484,7 +489,10 @@ fn mark_bio_done(ctx: BtfTracePointContext) -> i32 {
         let _ = STASH.remove(key);
         sector = stashed.sector;
         sectors = stashed.sectors as u64;
-        failed = status != 0;
+    }
+    if !bio_based || status != 0 {
+        // SAFETY: points into a map value.
+        fetch_add(unsafe { &raw mut (*disk.counters).rejected }, sectors);
     }
     if sectors != 0 {
         completed(disk, sector, sectors, failed);

@@ -1,11 +1,9 @@
 //! The write counters of a tracked disk: their readings, and how they come to a true base. What a
 //! reading amounts to is judged by [`crate::books`].
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::sync::atomic::{Ordering, fence};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use soe_common::Epoch;
@@ -14,7 +12,7 @@ use soe_common::record::{DiskControl, DiskCounters, MAX_SLICES, TAINT_BOOKS};
 use super::disk::{DiskTrack, atomic32, atomic64, word};
 use super::syscalls;
 use super::tracker::grace;
-use super::volumes::{self, Disk};
+use super::volumes::{Disk, Statistics};
 use crate::books::{self, Account, Device, Verdict};
 use crate::seam::{Misses, Reading, Rest};
 
@@ -24,41 +22,34 @@ const HELD_AT_MOST: Duration = Duration::from_secs(60);
 /// Between the two looks that find a disk at rest, besides the grace period.
 const REST: Duration = Duration::from_millis(2);
 
-/// The device's own statistics, kept open.
+/// The device's own word.
+#[derive(Default)]
 pub(super) struct Witness {
-    stat: Option<File>,
-    in_flight: Option<File>,
+    statistics: OnceLock<Vec<Statistics>>,
+    /// Of a bio-based disk, the sectors that had ended with an error when its books were balanced.
+    /// device-mapper counts no bio that it turns away itself and a part of one that fails half-way, so
+    /// after another such bio its word is not taken before the next balance.
+    refused: AtomicU64,
     /// Since when the device has been idle beside open counters, and those counters.
     waiting: Mutex<Option<(Instant, DiskCounters)>>,
 }
 
 impl Witness {
-    /// The statistics of `disk`; without them where it keeps none.
-    pub(super) fn of(disk: &Disk) -> Self {
-        let open = |name| File::open(disk.sysfs(name)).ok();
-        let keeps = disk.keeps_statistics();
-        Self {
-            stat: open("stat").filter(|_| keeps),
-            in_flight: open("inflight").filter(|_| keeps),
-            waiting: Mutex::new(None),
-        }
-    }
-
-    fn text(file: &File, buffer: &mut [u8; 512]) -> io::Result<String> {
-        let len = file.read_at(buffer, 0)?;
-        Ok(String::from_utf8_lossy(buffer.get(..len).unwrap_or_default()).into_owned())
-    }
-
-    /// Sectors accounted, and whether writes are in flight; `None` without statistics.
-    fn look(&self) -> io::Result<Option<(u64, bool)>> {
-        let (Some(stat), Some(in_flight)) = (&self.stat, &self.in_flight) else {
-            return Ok(None);
+    /// Sectors accounted, and whether writes are in flight.
+    fn look(&self, disk: &Disk) -> io::Result<(u64, bool)> {
+        let statistics = match self.statistics.get() {
+            Some(statistics) => statistics,
+            None => {
+                let opened = disk.statistics()?;
+                self.statistics.get_or_init(|| opened)
+            }
         };
-        let mut buffer = [0; 512];
-        let accounted = volumes::sectors_changed(&Self::text(stat, &mut buffer)?);
-        let writes = Self::text(in_flight, &mut buffer)?;
-        let busy = writes.split_whitespace().nth(1) != Some("0");
-        Ok(Some((accounted, busy)))
+        let (mut accounted, mut busy) = (0u64, false);
+        for one in statistics {
+            accounted = accounted.wrapping_add(one.sectors_changed()?);
+            busy |= one.writes_in_flight()? != 0;
+        }
+        Ok((accounted, busy))
     }
 }
 
@@ -137,7 +128,7 @@ impl DiskTrack {
         loop {
             // The base first: one that is moved meanwhile must not meet older counters.
             let control = self.maps.control_copy(self.slot);
-            let device = self.witness.look()?;
+            let device = self.witness.look(&self.disk)?;
             let (counters, misses) = self.counters()?;
             let accounts = Self::accounts(&control, &counters);
             let verdict = self.judge(&control, slice, &accounts, &counters, &misses, device);
@@ -172,7 +163,7 @@ impl DiskTrack {
         accounts: &[Account],
         counters: &DiskCounters,
         misses: &Misses,
-        device: Option<(u64, bool)>,
+        (accounted, busy): (u64, bool),
     ) -> Verdict {
         let based = control.based & 1 != 0 && control.based & (1 << slice) != 0;
         if !based || control.untrue != 0 {
@@ -182,12 +173,18 @@ impl DiskTrack {
         if misses.queue != control.queue_base {
             return Verdict::Untrue;
         }
-        let device = device.map(|(accounted, busy)| Device {
+        let device = Device {
             accounted: accounted.wrapping_sub(control.stat_base as u64),
             busy,
             accounts_last: !self.disk.is_bio_based(),
-        });
-        books::judge(accounts, slice, counters.rejected, device)
+        };
+        let known = !self.refused(counters);
+        books::judge(accounts, slice, counters.rejected, known.then_some(device))
+    }
+
+    /// Whether a bio-based disk ended bios with an error since its books were balanced.
+    fn refused(&self, counters: &DiskCounters) -> bool {
+        self.disk.is_bio_based() && self.witness.refused.load(Ordering::SeqCst) != counters.rejected
     }
 
     /// Moves the base over completions that nobody saw. The miss is counted first, so that a death in
@@ -220,23 +217,19 @@ impl DiskTrack {
         let control = self.maps.control_copy(self.slot);
         let whole = self.reading(0)?;
         let all = (1u32 << Self::slice_count(&control)) - 1;
-        if whole.nothing_in_flight() && control.based & all == all {
+        let (counters, _) = self.counters()?;
+        let balanced = control.based & all == all && !self.refused(&counters);
+        if balanced && whole.nothing_in_flight() {
             self.forget_waiting();
             self.remember_rest(Epoch(control.epoch), &whole.misses);
             return Ok(true);
         }
-        if !self.disk.keeps_statistics() && !self.disk.is_bio_based() {
-            return Err(io::Error::other(format!(
-                "{} keeps no statistics, so nothing can be proven of it; write 1 to {}",
-                self.disk.name,
-                self.disk.sysfs("queue/iostats").display()
-            )));
-        }
         let at_rest = || -> io::Result<_> {
-            if self.disk.suspended() || self.disk.in_flight()? != 0 {
+            let (accounted, busy) = self.witness.look(&self.disk)?;
+            if self.disk.suspended() || busy {
                 return Ok(None);
             }
-            Ok(Some((self.counters()?, self.disk.sectors_changed()?)))
+            Ok(Some((self.counters()?, accounted)))
         };
         let Some(before) = at_rest()? else {
             self.forget_waiting();
@@ -248,8 +241,8 @@ impl DiskTrack {
             self.forget_waiting();
             return Ok(false);
         }
-        let ((counters, misses), stat) = before;
-        Ok(self.balance(Epoch(control.epoch), &counters, &misses, stat))
+        let ((counters, misses), accounted) = before;
+        Ok(self.balance(Epoch(control.epoch), &counters, &misses, accounted))
     }
 
     fn balance(&self, epoch: Epoch, counters: &DiskCounters, misses: &Misses, stat: u64) -> bool {
@@ -266,8 +259,8 @@ impl DiskTrack {
                     account.completed = account.queued;
                 }
             }
-            let keeps = self.disk.keeps_statistics();
-            let accounted = keeps.then(|| stat.wrapping_sub(control.stat_base as u64));
+            let known = !self.refused(counters);
+            let accounted = known.then(|| stat.wrapping_sub(control.stat_base as u64));
             let Some(correction) = books::at_rest(&accounts, counters.rejected, accounted) else {
                 self.wait_for_held(counters);
                 return false;
@@ -284,6 +277,9 @@ impl DiskTrack {
         put(word!(self, base), control.base);
         put(word!(self, stat_base), stat.wrapping_sub(counted) as i64);
         put(word!(self, queue_base), misses.queue + unseen.queue);
+        self.witness
+            .refused
+            .store(counters.rejected, Ordering::SeqCst);
         let misses = Misses {
             queue: misses.queue + unseen.queue,
             complete: misses.complete + unseen.complete,
@@ -350,20 +346,17 @@ impl DiskTrack {
     }
 
     /// What the programs counted and what the device accounted since the base, in sectors. `None`
-    /// while the disk is not at rest or keeps no statistics.
+    /// while the disk is not at rest, or its word is not known.
     pub fn audit(&self) -> io::Result<Option<(u64, u64)>> {
-        if !self.disk.keeps_statistics() {
-            return Ok(None);
-        }
         let before = self.reading(0)?;
-        let device = self.disk.sectors_changed()?;
+        let (accounted, _) = self.witness.look(&self.disk)?;
         let (counters, _) = self.counters()?;
         let after = self.reading(0)?;
-        if !before.nothing_in_flight() || after != before {
+        if !before.nothing_in_flight() || after != before || self.refused(&counters) {
             return Ok(None);
         }
         let base = self.maps.control_copy(self.slot).stat_base as u64;
         let counted = counters.slice[0].queued.wrapping_sub(counters.rejected);
-        Ok(Some((counted, device.wrapping_sub(base))))
+        Ok(Some((counted, accounted.wrapping_sub(base))))
     }
 }

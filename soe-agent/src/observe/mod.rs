@@ -8,6 +8,7 @@ pub mod bpf;
 pub mod cgroups;
 mod counting;
 pub mod disk;
+pub mod dm;
 mod maps;
 pub mod ring;
 pub mod syscalls;

@@ -370,11 +370,17 @@ impl Tracker {
             if control.diskseq != disk.diskseq {
                 continue;
             }
-            if control.layout == LAYOUT_VERSION && control.sectors == disk.sectors {
+            let paths = self.maps.disks_of(slot);
+            let other = control.mapping != disk.mapping
+                || !disk.hidden_paths.iter().all(|path| paths.contains(path));
+            if control.layout == LAYOUT_VERSION && control.sectors == disk.sectors && !other {
                 let track = DiskTrack::open(self.maps.clone(), slot, disk)?;
                 return Ok((Arc::new(track), None));
             }
-            reason = GenerationEnd::Resize;
+            reason = match control.sectors == disk.sectors {
+                true => GenerationEnd::Remapped,
+                false => GenerationEnd::Resize,
+            };
             self.release(slot)?;
         }
         let taken: Vec<u32> = self.used_slots().iter().map(|(slot, _)| *slot).collect();

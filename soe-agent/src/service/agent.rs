@@ -300,7 +300,7 @@ impl Agent {
         let rate = self.ceiling();
         // Why a generation began while nobody looked, if one did: the newest layer knows the old one.
         let reason = match began {
-            Some(GenerationEnd::Resize) => GenerationEnd::Resize,
+            Some(end @ (GenerationEnd::Resize | GenerationEnd::Remapped)) => end,
             Some(_) if last_boot.is_empty() => GenerationEnd::First,
             Some(_) if last_boot != boot_id() => GenerationEnd::GapBoot,
             Some(_) => GenerationEnd::GapMiss,

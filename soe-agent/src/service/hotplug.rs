@@ -49,6 +49,17 @@ fn compare(before: &Volume, now: Result<&Volume, &TrackerError>) -> Found {
             Found::Other(GenerationEnd::Remapped)
         }
         Ok(now) if now.disk.sectors != before.disk.sectors => Found::Other(GenerationEnd::Resize),
+        // Other blocks stand behind the same sectors, or a path to them that the programs do not know.
+        Ok(now)
+            if now.disk.mapping != before.disk.mapping
+                || !now
+                    .disk
+                    .hidden_paths
+                    .iter()
+                    .all(|path| before.disk.hidden_paths.contains(path)) =>
+        {
+            Found::Other(GenerationEnd::Remapped)
+        }
         // The partition was laid out anew: its blocks are others, whatever their stamps say.
         Ok(now) if (now.start, now.end) != (before.start, before.end) => {
             Found::Other(GenerationEnd::Remapped)
@@ -263,6 +274,14 @@ mod tests {
             ..before.clone()
         };
         assert_eq!(found(renumbered), other);
+        // Another device-mapper table, a path more, a path less.
+        let mut mapped = before.clone();
+        mapped.disk.mapping = 9;
+        assert_eq!(found(mapped), other);
+        let mut pathed = before.clone();
+        pathed.disk.hidden_paths = vec![11];
+        assert_eq!(found(pathed.clone()), other);
+        assert_eq!(compare(&pathed, Ok(&before)), Found::Same);
         // A partition of the same length at another place of the same disk.
         let part = volume(5, 1000, 100, 200);
         let moved = volume(5, 1000, 200, 300);
