@@ -224,6 +224,10 @@ impl DiskTrack {
             self.remember_rest(Epoch(control.epoch), &whole.misses);
             return Ok(true);
         }
+        // Switched off meanwhile, its word would stand still for good.
+        if !self.disk.is_bio_based() {
+            self.disk.statistics()?;
+        }
         let at_rest = || -> io::Result<_> {
             let (accounted, busy) = self.witness.look(&self.disk)?;
             if self.disk.suspended() || busy {
@@ -348,7 +352,10 @@ impl DiskTrack {
     /// What the programs counted and what the device accounted since the base, in sectors. `None`
     /// while the disk is not at rest, or its word is not known.
     pub fn audit(&self) -> io::Result<Option<(u64, u64)>> {
-        let before = self.reading(0)?;
+        let before = match self.reading(0) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(None),
+            reading => reading?,
+        };
         let (accounted, _) = self.witness.look(&self.disk)?;
         let (counters, _) = self.counters()?;
         let after = self.reading(0)?;
