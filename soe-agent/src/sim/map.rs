@@ -88,7 +88,8 @@ impl ChangeMap for SimMap {
         }
         let disk = state.disks.get_mut(self.disk).ok_or_else(|| self.gone())?;
         let accounted = disk.accounted.wrapping_add_signed(-disk.device_base);
-        let Some(correction) = books::at_rest(&[disk.account()], 0, Some(accounted)) else {
+        let Some(correction) = books::at_rest(&[disk.account()], 0, Some((accounted, true)), false)
+        else {
             return Ok(());
         };
         if let Some(open) = correction.base.first() {
@@ -144,7 +145,7 @@ impl ChangeMap for SimMap {
             let device = Device {
                 accounted,
                 busy,
-                accounts_last: true,
+                exact: true,
             };
             let trusting = faults.trust_untrue_counters;
             let verdict = if trusting {
