@@ -321,7 +321,7 @@ impl DiskTrack {
             return Ok(true);
         }
         Ok(self
-            .audit()?
+            .compare()?
             .is_none_or(|(counted, device)| counted == device))
     }
 
@@ -430,8 +430,15 @@ impl DiskTrack {
     }
 
     /// What the programs counted and what the device accounted since the base, in sectors. `None`
-    /// while the disk is not at rest or keeps no statistics.
+    /// while the disk is not at rest, keeps no statistics, or is known to leave writes out of them.
     pub fn audit(&self) -> io::Result<Option<(u64, u64)>> {
+        let vague = self.disk.is_bio_based();
+        Ok(self
+            .compare()?
+            .filter(|(counted, device)| !vague || device >= counted))
+    }
+
+    fn compare(&self) -> io::Result<Option<(u64, u64)>> {
         if !self.disk.keeps_statistics() {
             return Ok(None);
         }

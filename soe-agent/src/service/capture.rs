@@ -356,7 +356,7 @@ impl Agent {
             .track
             .audit()
             .map_err(|e| Failed::new(ErrorKind::Internal, &e))?
-            && (counted < device || (counted != device && !entry.track.disk().is_bio_based()))
+            && counted != device
         {
             tracing::error!(
                 volume = entry.name,
