@@ -10,6 +10,7 @@ use soe_agent::observe::tracker::{Start, Tracker, TrackerOptions};
 use soe_agent::observe::volumes;
 use soe_agent::seam::{ByteRange, ChangeMap, Reading, Tracking};
 use soe_tests::device::{self, LoopDevice, Mounted, open_direct, write_direct};
+use soe_tests::kernel::{Setting, sysfs_of, write_nowait};
 
 macro_rules! need_kernel {
     () => {
@@ -262,22 +263,21 @@ fn refused_nowait_writes_do_not_stay_in_flight() {
     let map = bench.map(&disk.path);
     settled(&map);
     let file = open_direct(&disk.path).unwrap();
-    let mut refused = 0;
-    // Far above max_sectors, so that the bio must be split and RWF_NOWAIT turns it away.
-    for round in 0..200u64 {
-        let data = device::Aligned::new(8 << 20, round as u8);
-        let vec = libc::iovec {
-            iov_base: data.bytes().as_ptr() as *mut _,
-            iov_len: data.bytes().len(),
-        };
-        // SAFETY: one live buffer.
-        let n = unsafe { libc::pwritev2(file.as_raw_fd(), &vec, 1, 0, libc::RWF_NOWAIT) };
-        if n < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN) {
-            refused += 1;
-        }
-    }
+    // One bio above the largest request: RWF_NOWAIT turns it away where it would have to be split.
+    let _small = Setting::new(sysfs_of(&disk.path).join("queue/max_sectors_kb"), "64");
+    let data = device::Aligned::new(512 << 10, 7);
+    let before = settled(&map);
+    let refused = (0..200)
+        .filter(|_| !write_nowait(&file, 0, data.bytes()))
+        .count();
     println!("{refused} of 200 writes were refused");
-    settled(&map);
+    let after = settled(&map);
+    assert_eq!(refused, 200);
+    assert_eq!(
+        after.queued - before.queued,
+        200 * 1024,
+        "no bio was queued"
+    );
     let (counted, device) = bench_audit(&bench, &disk);
     assert_eq!(counted, device);
     assert_eq!(map.tracking(), Tracking::Complete);

@@ -23,8 +23,9 @@ const HELD_AT_MOST: Duration = Duration::from_secs(60);
 const REST: Duration = Duration::from_millis(2);
 
 /// The device's own statistics, kept open, and what else a base depends on.
+#[derive(Default)]
 pub(super) struct Witness {
-    /// Of a multipath head, those of each of its paths; not there before the device counts.
+    /// Of a multipath head, those of each of its paths; not there before the device was asked.
     statistics: OnceLock<Vec<Statistics>>,
     /// What the newest base was taken with: see [`Look::doubt`].
     trusted: Mutex<Option<(usize, u64)>>,
@@ -58,31 +59,18 @@ impl Look {
 }
 
 impl Witness {
-    /// The statistics of `disk`; without them where it keeps none.
-    pub(super) fn of(disk: &Disk) -> Self {
-        let witness = Self {
-            statistics: OnceLock::new(),
-            trusted: Mutex::new(None),
-            waiting: Mutex::new(None),
-        };
-        // Whoever needs them is told what is wrong.
-        let _ = witness.find(disk);
-        witness
-    }
-
-    /// Makes sure that the device counts. Paths may go later on, while one is left.
-    fn find(&self, disk: &Disk) -> io::Result<()> {
-        if self.statistics.get().is_none() || disk.hidden_paths.is_empty() {
-            let statistics = disk.statistics()?;
-            self.statistics.get_or_init(|| statistics);
-        }
-        Ok(())
-    }
-
-    /// What the device says now; `None` without statistics.
-    fn look(&self) -> io::Result<Option<Look>> {
-        let Some(statistics) = self.statistics.get() else {
-            return Ok(None);
+    /// What the device says now. An error tells what to do where it does not count; `None` stands for
+    /// a suspended disk, which cannot be asked whether it does.
+    fn look(&self, disk: &Disk) -> io::Result<Option<Look>> {
+        let statistics = match self.statistics.get() {
+            Some(statistics) => statistics,
+            None => match disk.statistics() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                opened => {
+                    let opened = opened?;
+                    self.statistics.get_or_init(|| opened)
+                }
+            },
         };
         let mut look = Look {
             accounted: 0,
@@ -197,7 +185,7 @@ impl DiskTrack {
         loop {
             // The base first: one that is moved meanwhile must not meet older counters.
             let control = self.maps.control_copy(self.slot);
-            let device = self.witness.look()?;
+            let device = self.witness.look(&self.disk)?;
             let (counters, misses) = self.counters()?;
             let accounts = Self::accounts(&control, &counters);
             let verdict = self.judge(&control, slice, &accounts, &counters, &misses, device);
@@ -242,15 +230,18 @@ impl DiskTrack {
         if misses.queue != control.queue_base {
             return Verdict::Untrue;
         }
-        if look.is_some_and(|look| !self.witness.trusts(look.doubt(&self.disk, counters))) {
+        let Some(look) = look else {
+            return Verdict::Moving;
+        };
+        if !self.witness.trusts(look.doubt(&self.disk, counters)) {
             return Verdict::Untrue;
         }
-        let device = look.map(|look| Device {
+        let device = Device {
             accounted: look.accounted.wrapping_sub(control.stat_base as u64),
             busy: look.busy,
             exact: !self.disk.is_bio_based(),
-        });
-        books::judge(accounts, slice, counters.rejected, device)
+        };
+        books::judge(accounts, slice, counters.rejected, Some(device))
     }
 
     /// Moves the base over completions that nobody saw. The miss is counted first, so that a death in
@@ -292,9 +283,12 @@ impl DiskTrack {
             self.forget_waiting();
             return Ok(false);
         }
-        self.witness.find(&self.disk)?;
+        // Switched off meanwhile, its word would stand still for good. A path may go, and be missed.
+        if !self.disk.is_bio_based() && self.disk.hidden_paths.is_empty() {
+            self.disk.statistics()?;
+        }
         let at_rest = || -> io::Result<_> {
-            let look = self.witness.look()?.filter(|look| !look.busy);
+            let look = self.witness.look(&self.disk)?.filter(|look| !look.busy);
             let Some(look) = look.filter(|_| !self.disk.suspended()) else {
                 return Ok(None);
             };
@@ -439,11 +433,14 @@ impl DiskTrack {
     }
 
     fn compare(&self) -> io::Result<Option<(u64, u64)>> {
+        let before = match self.reading(0) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(None),
+            reading => reading?,
+        };
         if !self.disk.keeps_statistics() {
             return Ok(None);
         }
-        let before = self.reading(0)?;
-        let look = self.witness.look()?;
+        let look = self.witness.look(&self.disk)?;
         let (counters, _) = self.counters()?;
         let after = self.reading(0)?;
         let Some(look) = look else {

@@ -128,7 +128,7 @@ impl DiskTrack {
             stamps: mapped(fds[0], geometry.chunks(), "stamps")?,
             chunks: mapped(fds[1], geometry.chunk_pages(), "chunk stamps")?,
             heat: mapped(fds[2], geometry.heat_pages(), "heat")?,
-            witness: Witness::of(disk),
+            witness: Witness::default(),
             maps,
             slot,
             disk: disk.clone(),
@@ -315,7 +315,8 @@ impl DiskTrack {
             (&raw mut (*control).generation).write_volatile(*generation.as_bytes());
         }
         let taint = atomic64(word!(self, taint)).swap(0, Ordering::SeqCst);
-        if taint & soe_common::record::TAINT_BOOKS != 0 {
+        // Of what was lost nobody will hear again.
+        if taint & (soe_common::record::TAINT_BOOKS | soe_common::record::TAINT_STASH) != 0 {
             self.forget_base();
         }
         self.bump();

@@ -168,6 +168,12 @@ impl Disk {
     /// The files by which the device tells what it did and what is in flight. An error tells what to
     /// do where it does not count.
     pub(super) fn statistics(&self) -> io::Result<Vec<Statistics>> {
+        if self.suspended() {
+            return Err(io::Error::new(
+                io::ErrorKind::WouldBlock,
+                format!("{} is suspended", self.name),
+            ));
+        }
         if !self.keeps_statistics() {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,

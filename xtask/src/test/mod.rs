@@ -28,7 +28,7 @@ const DOCTEST_LIMIT: Duration = Duration::from_secs(900);
 /// One test program on this machine.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(600);
 /// One boot of another kernel. Emulation is some twenty times slower than this machine.
-const BOOT_LIMIT: Duration = Duration::from_secs(1200);
+const BOOT_LIMIT: Duration = Duration::from_secs(1800);
 
 #[derive(clap::Args)]
 pub struct Args {

@@ -34,7 +34,7 @@ pub struct Args {
     #[arg(long, value_name = "TEXT", conflicts_with = "command")]
     filter: Option<String>,
     /// Seconds after which the machine is switched off
-    #[arg(long, default_value_t = 900)]
+    #[arg(long, default_value_t = 1800)]
     limit: u64,
     /// Where the kernel's own messages go
     #[arg(long, value_name = "FILE")]
