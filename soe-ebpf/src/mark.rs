@@ -44,11 +44,12 @@ pub fn slot_of(diskseq: u64) -> Option<(u32, bool)> {
                 read_volatile(&raw const (*entry).slot) as u32,
             )
         };
-        if found == diskseq {
-            return Some((slot & !SLOT_PATH, slot & SLOT_PATH != 0));
-        }
+        // A free entry first: requests of a queue without a disk (NVMe's admin queue) bring 0 as well.
         if found == 0 {
             return None;
+        }
+        if found == diskseq {
+            return Some((slot & !SLOT_PATH, slot & SLOT_PATH != 0));
         }
     }
     None

@@ -174,6 +174,8 @@ impl Md {
         set("array_state", "active");
         let node = array.path.clone();
         wait_for("no node of the array", || node.exists().then_some(()));
+        // With the first opening it becomes another disk by `diskseq`, as after any change of medium.
+        fs::File::open(&node).expect("the array");
         array
     }
 }

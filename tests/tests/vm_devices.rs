@@ -86,8 +86,9 @@ fn a_bio_based_disk_that_counts_nothing_is_marked_and_never_said_to_be_at_rest()
     write_direct(&file, 3 * MIB + 512, 5 << 20, 2).unwrap();
     assert_eq!(ranges(&map, since), expected([(3 * MIB, 5 * MIB + 65536)]));
     assert_eq!(statistic(&disk.path, 6), 0, "it does not count");
-    let error = map.reading().unwrap_err().to_string();
+    let error = map.settle().unwrap_err().to_string();
     assert!(error.contains("does not count its IO"), "{error}");
+    assert!(!map.reading().unwrap().nothing_in_flight());
     assert_eq!(map.track().audit().unwrap(), None);
 }
 

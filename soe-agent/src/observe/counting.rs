@@ -2,7 +2,7 @@
 //! reading amounts to is judged by [`crate::books`].
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,34 +22,103 @@ const HELD_AT_MOST: Duration = Duration::from_secs(60);
 /// Between the two looks that find a disk at rest, besides the grace period.
 const REST: Duration = Duration::from_millis(2);
 
-/// The device's own word.
-#[derive(Default)]
+/// The device's own statistics, kept open, and what else a base depends on.
 pub(super) struct Witness {
+    /// Of a multipath head, those of each of its paths; not there before the device counts.
     statistics: OnceLock<Vec<Statistics>>,
-    /// Of a bio-based disk, the sectors that had ended with an error when its books were balanced.
-    /// device-mapper counts no bio that it turns away itself and a part of one that fails half-way, so
-    /// after another such bio its word is not taken before the next balance.
-    refused: AtomicU64,
+    /// What the newest base was taken with: see [`Look::doubt`].
+    trusted: Mutex<Option<(usize, u64)>>,
     /// Since when the device has been idle beside open counters, and those counters.
     waiting: Mutex<Option<(Instant, DiskCounters)>>,
 }
 
-impl Witness {
-    /// Sectors accounted, and whether writes are in flight.
-    fn look(&self, disk: &Disk) -> io::Result<(u64, bool)> {
-        let statistics = match self.statistics.get() {
-            Some(statistics) => statistics,
-            None => {
-                let opened = disk.statistics()?;
-                self.statistics.get_or_init(|| opened)
-            }
+/// What the device says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Look {
+    /// Sectors written and discarded.
+    accounted: u64,
+    /// Whether writes are in flight.
+    busy: bool,
+    /// Devices that were asked and still answer.
+    answers: usize,
+}
+
+impl Look {
+    /// What has to be as it was when the base was taken. A path that went took its statistics along,
+    /// and what a bio-based driver accounts of a bio that fails, nobody can tell: afterwards the
+    /// device's word is of use again only with a new base.
+    fn doubt(&self, disk: &Disk, counters: &DiskCounters) -> (usize, u64) {
+        let failed = if disk.is_bio_based() {
+            counters.rejected
+        } else {
+            0
         };
-        let (mut accounted, mut busy) = (0u64, false);
-        for one in statistics {
-            accounted = accounted.wrapping_add(one.sectors_changed()?);
-            busy |= one.writes_in_flight()? != 0;
+        (self.answers, failed)
+    }
+}
+
+impl Witness {
+    /// The statistics of `disk`; without them where it keeps none.
+    pub(super) fn of(disk: &Disk) -> Self {
+        let witness = Self {
+            statistics: OnceLock::new(),
+            trusted: Mutex::new(None),
+            waiting: Mutex::new(None),
+        };
+        // Whoever needs them is told what is wrong.
+        let _ = witness.find(disk);
+        witness
+    }
+
+    /// Makes sure that the device counts. Paths may go later on, while one is left.
+    fn find(&self, disk: &Disk) -> io::Result<()> {
+        if self.statistics.get().is_none() || disk.hidden_paths.is_empty() {
+            let statistics = disk.statistics()?;
+            self.statistics.get_or_init(|| statistics);
         }
-        Ok((accounted, busy))
+        Ok(())
+    }
+
+    /// What the device says now; `None` without statistics.
+    fn look(&self) -> io::Result<Option<Look>> {
+        let Some(statistics) = self.statistics.get() else {
+            return Ok(None);
+        };
+        let mut look = Look {
+            accounted: 0,
+            busy: false,
+            answers: 0,
+        };
+        for statistics in statistics {
+            let told = statistics
+                .sectors_changed()
+                .and_then(|sectors| Ok((sectors, statistics.writes_in_flight()?)));
+            match told {
+                Ok((sectors, writes)) => {
+                    look.accounted = look.accounted.wrapping_add(sectors);
+                    look.busy |= writes != 0;
+                    look.answers += 1;
+                }
+                // The disk is gone, which may be one path of several.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if look.answers == 0 {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        Ok(Some(look))
+    }
+
+    /// Whether the device's word can be held against the base. The first question after an adoption
+    /// takes the base for good.
+    fn trusts(&self, doubt: (usize, u64)) -> bool {
+        let mut trusted = self.trusted.lock().unwrap_or_else(PoisonError::into_inner);
+        *trusted.get_or_insert(doubt) == doubt
+    }
+
+    fn trust(&self, doubt: (usize, u64)) {
+        *self.trusted.lock().unwrap_or_else(PoisonError::into_inner) = Some(doubt);
     }
 }
 
@@ -128,7 +197,7 @@ impl DiskTrack {
         loop {
             // The base first: one that is moved meanwhile must not meet older counters.
             let control = self.maps.control_copy(self.slot);
-            let device = self.witness.look(&self.disk)?;
+            let device = self.witness.look()?;
             let (counters, misses) = self.counters()?;
             let accounts = Self::accounts(&control, &counters);
             let verdict = self.judge(&control, slice, &accounts, &counters, &misses, device);
@@ -163,7 +232,7 @@ impl DiskTrack {
         accounts: &[Account],
         counters: &DiskCounters,
         misses: &Misses,
-        (accounted, busy): (u64, bool),
+        look: Option<Look>,
     ) -> Verdict {
         let based = control.based & 1 != 0 && control.based & (1 << slice) != 0;
         if !based || control.untrue != 0 {
@@ -173,18 +242,15 @@ impl DiskTrack {
         if misses.queue != control.queue_base {
             return Verdict::Untrue;
         }
-        let device = Device {
-            accounted: accounted.wrapping_sub(control.stat_base as u64),
-            busy,
+        if look.is_some_and(|look| !self.witness.trusts(look.doubt(&self.disk, counters))) {
+            return Verdict::Untrue;
+        }
+        let device = look.map(|look| Device {
+            accounted: look.accounted.wrapping_sub(control.stat_base as u64),
+            busy: look.busy,
             accounts_last: !self.disk.is_bio_based(),
-        };
-        let known = !self.refused(counters);
-        books::judge(accounts, slice, counters.rejected, known.then_some(device))
-    }
-
-    /// Whether a bio-based disk ended bios with an error since its books were balanced.
-    fn refused(&self, counters: &DiskCounters) -> bool {
-        self.disk.is_bio_based() && self.witness.refused.load(Ordering::SeqCst) != counters.rejected
+        });
+        books::judge(accounts, slice, counters.rejected, device)
     }
 
     /// Moves the base over completions that nobody saw. The miss is counted first, so that a death in
@@ -217,23 +283,22 @@ impl DiskTrack {
         let control = self.maps.control_copy(self.slot);
         let whole = self.reading(0)?;
         let all = (1u32 << Self::slice_count(&control)) - 1;
-        let (counters, _) = self.counters()?;
-        let balanced = control.based & all == all && !self.refused(&counters);
-        if balanced && whole.nothing_in_flight() {
+        if whole.nothing_in_flight() && control.based & all == all {
             self.forget_waiting();
             self.remember_rest(Epoch(control.epoch), &whole.misses);
             return Ok(true);
         }
-        // Switched off meanwhile, its word would stand still for good.
-        if !self.disk.is_bio_based() {
-            self.disk.statistics()?;
+        if self.disk.suspended() {
+            self.forget_waiting();
+            return Ok(false);
         }
+        self.witness.find(&self.disk)?;
         let at_rest = || -> io::Result<_> {
-            let (accounted, busy) = self.witness.look(&self.disk)?;
-            if self.disk.suspended() || busy {
+            let look = self.witness.look()?.filter(|look| !look.busy);
+            let Some(look) = look.filter(|_| !self.disk.suspended()) else {
                 return Ok(None);
-            }
-            Ok(Some((self.counters()?, accounted)))
+            };
+            Ok(Some((look, self.counters()?)))
         };
         let Some(before) = at_rest()? else {
             self.forget_waiting();
@@ -245,11 +310,11 @@ impl DiskTrack {
             self.forget_waiting();
             return Ok(false);
         }
-        let ((counters, misses), accounted) = before;
-        Ok(self.balance(Epoch(control.epoch), &counters, &misses, accounted))
+        let (look, (counters, misses)) = before;
+        Ok(self.balance(Epoch(control.epoch), &counters, &misses, look))
     }
 
-    fn balance(&self, epoch: Epoch, counters: &DiskCounters, misses: &Misses, stat: u64) -> bool {
+    fn balance(&self, epoch: Epoch, counters: &DiskCounters, misses: &Misses, look: Look) -> bool {
         let _one_at_a_time = self.maps.one_at_a_time();
         let mut control = self.maps.control_copy(self.slot);
         let slices = Self::slice_count(&control);
@@ -263,8 +328,8 @@ impl DiskTrack {
                     account.completed = account.queued;
                 }
             }
-            let known = !self.refused(counters);
-            let accounted = known.then(|| stat.wrapping_sub(control.stat_base as u64));
+            let trusted = self.witness.trusts(look.doubt(&self.disk, counters));
+            let accounted = trusted.then(|| look.accounted.wrapping_sub(control.stat_base as u64));
             let Some(correction) = books::at_rest(&accounts, counters.rejected, accounted) else {
                 self.wait_for_held(counters);
                 return false;
@@ -279,11 +344,12 @@ impl DiskTrack {
         }
         let counted = counters.slice[0].queued.wrapping_sub(counters.rejected);
         put(word!(self, base), control.base);
-        put(word!(self, stat_base), stat.wrapping_sub(counted) as i64);
+        put(
+            word!(self, stat_base),
+            look.accounted.wrapping_sub(counted) as i64,
+        );
+        self.witness.trust(look.doubt(&self.disk, counters));
         put(word!(self, queue_base), misses.queue + unseen.queue);
-        self.witness
-            .refused
-            .store(counters.rejected, Ordering::SeqCst);
         let misses = Misses {
             queue: misses.queue + unseen.queue,
             complete: misses.complete + unseen.complete,
@@ -350,20 +416,23 @@ impl DiskTrack {
     }
 
     /// What the programs counted and what the device accounted since the base, in sectors. `None`
-    /// while the disk is not at rest, or its word is not known.
+    /// while the disk is not at rest or keeps no statistics.
     pub fn audit(&self) -> io::Result<Option<(u64, u64)>> {
-        let before = match self.reading(0) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(None),
-            reading => reading?,
-        };
-        let (accounted, _) = self.witness.look(&self.disk)?;
+        if !self.disk.keeps_statistics() {
+            return Ok(None);
+        }
+        let before = self.reading(0)?;
+        let look = self.witness.look()?;
         let (counters, _) = self.counters()?;
         let after = self.reading(0)?;
-        if !before.nothing_in_flight() || after != before || self.refused(&counters) {
+        let Some(look) = look else {
+            return Ok(None);
+        };
+        if !before.nothing_in_flight() || after != before {
             return Ok(None);
         }
         let base = self.maps.control_copy(self.slot).stat_base as u64;
         let counted = counters.slice[0].queued.wrapping_sub(counters.rejected);
-        Ok(Some((counted, accounted.wrapping_sub(base))))
+        Ok(Some((counted, look.accounted.wrapping_sub(base))))
     }
 }

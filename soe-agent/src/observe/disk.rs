@@ -128,11 +128,11 @@ impl DiskTrack {
             stamps: mapped(fds[0], geometry.chunks(), "stamps")?,
             chunks: mapped(fds[1], geometry.chunk_pages(), "chunk stamps")?,
             heat: mapped(fds[2], geometry.heat_pages(), "heat")?,
+            witness: Witness::of(disk),
             maps,
             slot,
             disk: disk.clone(),
             geometry,
-            witness: Witness::default(),
         })
     }
 
