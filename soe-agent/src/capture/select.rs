@@ -53,7 +53,9 @@ impl Reference {
                 misses: base.misses,
                 quiet: true,
             },
-            (_, Some(rest)) => Self {
+            // A write that failed before the rest may be executed after it, and carries an older stamp:
+            // then the rest is no instant from which stamps tell everything.
+            (_, Some(rest)) if rest.misses.failed_writes == 0 => Self {
                 epoch: rest.epoch,
                 failed_since: Epoch::FIRST,
                 misses: Misses {
@@ -250,6 +252,25 @@ mod tests {
         assert_eq!(
             judge(&at, LayerKind::Baseline, &start, &misses(7, 9, 0, 0)),
             Marks::Lost
+        );
+    }
+
+    #[test]
+    fn a_rest_after_a_failed_write_is_no_reference() {
+        let generation = Uuid::nil();
+        let rest = |failed_writes| Rest {
+            epoch: Epoch(8),
+            misses: misses(1, 1, 0, failed_writes),
+        };
+        let good = Reference::new(None, generation, Some(rest(0)));
+        assert!(good.quiet && good.epoch == Epoch(8));
+        let doubtful = Reference::new(None, generation, Some(rest(1)));
+        assert!(!doubtful.quiet && doubtful.epoch == Epoch::FIRST);
+        // What that write may still change is in the next layer.
+        let now = misses(1, 1, 0, 1);
+        assert_eq!(
+            since_next(&doubtful, Epoch(20), &now, |_| false),
+            Epoch::FIRST
         );
     }
 
