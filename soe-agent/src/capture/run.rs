@@ -60,6 +60,7 @@ fn capture(
             .optimistic(sink)?
             .map(|window| (Method::Optimistic, window, false));
     }
+    let optimistic_tries = capture.tries;
     let (method, window, frozen) = match (cut, parts.freezer) {
         (Some(cut), _) => cut,
         (None, Some(freezer)) => {
@@ -98,6 +99,7 @@ fn capture(
         cut_at: window.at,
         passes: capture.attempt.passes,
         tries: capture.tries,
+        optimistic_tries,
     };
     sink.commit(&cut)
         .map_err(|source| CaptureError::Sink { source })?;

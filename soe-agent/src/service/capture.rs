@@ -13,7 +13,7 @@ use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{LayerInfo, WatchEvent};
 use crate::capture::mounts::Mounts;
 use crate::capture::{
-    CaptureError, CaptureParts, CapturePolicy, CaptureRequest, FreezeError, FreezeGuard,
+    CaptureError, CaptureParts, CapturePolicy, CaptureRequest, FreezeError, FreezeGuard, Method,
     VolumeFreezer, VolumeParts, capture_group,
 };
 use crate::govern::{GuardLimits, LatencyGuard};
@@ -249,6 +249,24 @@ impl Agent {
                 message: "the capture ended without a manifest".into(),
             });
         };
+        let won = u64::from(cut.method == Method::Optimistic);
+        let optimistic = self.metrics.capture_optimistic.clone();
+        optimistic.with([group, "won"]).inc_by(won);
+        optimistic
+            .with([group, "lost"])
+            .inc_by(u64::from(cut.optimistic_tries) - won);
+        tracing::info!(
+            group,
+            sequence = manifest.sequence,
+            method = ?cut.method,
+            pause_us = cut.pause.as_micros() as u64,
+            wasted_us = cut.wasted_pause.as_micros() as u64,
+            window_us = cut.window.as_micros() as u64,
+            passes = cut.passes,
+            tries = cut.tries,
+            budget_missed = cut.budget_missed,
+            "captured"
+        );
         if cut.budget_missed > 0 {
             self.metrics
                 .capture_missed_budgets

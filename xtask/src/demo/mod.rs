@@ -14,7 +14,7 @@ mod live;
 mod process;
 mod simulated;
 mod status;
-mod stop;
+pub(crate) mod stop;
 mod summary;
 mod view;
 mod volumes;
