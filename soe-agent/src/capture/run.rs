@@ -199,15 +199,20 @@ impl Capture<'_, '_> {
             // What is flushed now is copied by a pass, what is dirty then is written in the pause.
             freezer.flush()?;
             let pending = self.attempt.pending()?;
-            let need = self.attempt.reading_time(pending) + freezer.estimate();
-            if need <= self.policy.pause_budget && pending <= self.policy.memory_limit {
+            let budget = self.policy.pause_budget;
+            let expected = freezer.freeze_estimate() + freezer.thaw_estimate();
+            if expected > budget {
+                return Err(CaptureError::FreezeTooLong { expected, budget });
+            }
+            let need = self.attempt.reading_time(pending) + expected;
+            if need <= budget && pending <= self.policy.memory_limit {
                 return Ok(pending);
             }
             if pending == 0 || !self.attempt.converging() {
                 return Err(CaptureError::NotConverging {
                     passes: self.attempt.passes,
                     residual: pending,
-                    budget: self.policy.pause_budget,
+                    budget,
                 });
             }
             self.attempt.pass(sink)?;
@@ -220,10 +225,12 @@ impl Capture<'_, '_> {
     ) -> Result<(Result<Window, Moved>, bool), CaptureError> {
         let clock = self.parts.clock;
         let budget = self.policy.pause_budget;
-        let length = budget
-            .saturating_sub(freezer.estimate())
+        // All of it counts: freezing, reading, and thawing, which begins early enough to be over in time.
+        let limit = budget
+            .saturating_sub(freezer.thaw_estimate())
             .max(Duration::from_millis(1));
-        let mut hold = match freezer.freeze(length) {
+        let until = clock.monotonic() + limit;
+        let mut hold = match freezer.freeze(limit) {
             Ok(hold) => Some(hold),
             Err(FreezeError::TooSlow { held, .. }) => {
                 self.pauses.last = held;
@@ -233,12 +240,10 @@ impl Capture<'_, '_> {
             Err(error) => return Err(error.into()),
         };
         let mut thawed = None;
-        let pace = DeadlinePace {
-            clock,
-            until: clock.monotonic() + length,
-        };
+        let pace = DeadlinePace { clock, until };
+        let patience = until.saturating_sub(clock.monotonic()) / 4;
         // Only a mutation thaws before the window is over.
-        let tried = self.attempt.window(&pace, length / 4, &mut || {
+        let tried = self.attempt.window(&pace, patience, &mut || {
             thawed = hold.take().map(|hold| hold.thaw());
         });
         if let Some(hold) = hold.take() {

@@ -9,11 +9,12 @@
 use std::collections::VecDeque;
 
 use super::series::{Known, SEASONS_IN_WEEK};
+use super::{ONSET_BINS, any_of};
 
 /// Number of predictors.
 const MEMBERS: usize = 3;
 /// Bins over which a prediction is judged.
-const JUDGED_BINS: usize = 6;
+const JUDGED_BINS: usize = ONSET_BINS;
 /// Onset intervals remembered.
 const MAX_INTERVALS: usize = 32;
 /// Seasons after which a judged prediction counts half.
@@ -40,8 +41,7 @@ impl OnsetMixture {
         ];
         let origin = known.next_index();
         if self.pending.back().is_none_or(|(at, _)| *at < origin) {
-            let within =
-                |p: &Vec<f64>| 1.0 - p[..JUDGED_BINS].iter().map(|p| 1.0 - p).product::<f64>();
+            let within = |p: &Vec<f64>| any_of(p[..JUDGED_BINS].iter().copied());
             self.pending
                 .push_back((origin, std::array::from_fn(|m| within(&members[m]))));
         }

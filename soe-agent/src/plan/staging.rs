@@ -42,9 +42,8 @@ pub fn next_burst(
     let Some(forecast) = forecast else {
         return announced;
     };
-    let spread = 2 * config.scale.clock_tolerance() + 1;
     let by_onset = forecast
-        .next_onset(config.staging.alarm, spread)
+        .next_onset(config.staging.alarm)
         .map(|(h, probability)| ExpectedBurst {
             at: forecast.start_of(h),
             probability,
@@ -70,6 +69,10 @@ pub fn next_burst(
 /// What staging has been doing for one volume.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StagingState {
+    /// When the copying under way, or the last one, began.
+    pub began: UnixNanos,
+    /// How long copying took of late; `None` before the first time.
+    pub takes: Option<i64>,
     /// Whether blocks are being copied.
     pub running: bool,
     /// The burst staged for last.
@@ -103,8 +106,10 @@ pub fn should_start(
     {
         return None;
     }
-    let copy = staging.budget_bytes as f64 / staging.rate.max(1.0) * 1e9;
-    let lead = nanos(config.scale.bin()).saturating_add(copy as i64);
+    // What was seen says more than what is allowed, of both the disk and the amount.
+    let most = (staging.budget_bytes as f64 / staging.rate.max(1.0) * 1e9) as i64;
+    let copy = state.takes.unwrap_or(most);
+    let lead = nanos(config.scale.bin()).saturating_add(copy);
     if now < burst.at.saturating_sub(lead) {
         return None;
     }
@@ -112,7 +117,7 @@ pub fn should_start(
         "{}; it begins in {}, copying takes up to {}",
         burst.reason,
         Span(burst.at - now),
-        Span(copy as i64)
+        Span(copy)
     ))
 }
 

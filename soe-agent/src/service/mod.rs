@@ -1,7 +1,8 @@
 //! Wires the agent: the only place that builds concrete parts.
 //!
 //! `agent` holds the parts, `heart` is the heartbeat that samples, decides and carries out,
-//! `capture` runs a capture, `engine` answers callers, `groups` keeps the groups.
+//! `capture` runs a capture, `engine` answers callers, `groups` keeps the groups,
+//! `staging` copies ahead of bursts.
 
 mod agent;
 mod capture;
@@ -12,6 +13,7 @@ mod report;
 mod restore;
 mod sampler;
 pub mod sink;
+mod staging;
 mod state;
 mod trace;
 

@@ -95,7 +95,7 @@ impl Series {
         file.seek(SeekFrom::Start(from))
             .and_then(|_| file.read_to_string(&mut text))
             .context("the agent's log")?;
-        for line in text.lines().filter(|line| line.contains(": captured ")) {
+        for line in text.lines().filter(|line| line.contains(" INFO captured ")) {
             let number = |key: &str| {
                 line.split_whitespace()
                     .find_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok())
