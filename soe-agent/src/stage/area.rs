@@ -564,7 +564,8 @@ impl StageArea {
         map: &dyn ChangeMap,
         reads: &[(ByteRange, u64)],
     ) -> Result<Vec<(ByteRange, u64)>, StageError> {
-        if !self.inner().volumes.contains_key(map.volume()) || !self.healthy(map)? {
+        let known = self.inner().volumes.contains_key(map.volume());
+        if !known || !self.healthy(map)? {
             return Ok(Vec::new());
         }
         let stale: BTreeSet<u64> = self.stale(map)?.into_iter().collect();
