@@ -42,10 +42,17 @@ pub fn next_burst(
     let Some(forecast) = forecast else {
         return announced;
     };
+    // A bin that has begun is not over: a burst expected in it may come at any moment.
+    let bin = config.scale.bin_nanos();
+    let start = |h: usize| {
+        let start = forecast.start_of(h);
+        (start.saturating_add(bin) > now).then_some(start.max(now))
+    };
     let by_onset = forecast
         .next_onset(config.staging.alarm)
-        .map(|(h, probability)| ExpectedBurst {
-            at: forecast.start_of(h),
+        .and_then(|(h, probability)| Some((start(h)?, probability)))
+        .map(|(at, probability)| ExpectedBurst {
+            at,
             probability,
             reason: format!("earlier bursts foretell one with probability {probability:.2}"),
         });
@@ -54,15 +61,15 @@ pub fn next_burst(
         .iter()
         .position(|row| f64::from(row[Q50]) > forecast.burst_threshold)
         .filter(|h| *h > 0)
-        .map(|h| ExpectedBurst {
-            at: forecast.start_of(h),
+        .and_then(start)
+        .map(|at| ExpectedBurst {
+            at,
             probability: 0.5,
             reason: "the forecast's median rises above the burst threshold".to_owned(),
         });
     [announced, by_onset, by_load]
         .into_iter()
         .flatten()
-        .filter(|b| b.at > now)
         .min_by_key(|b| b.at)
 }
 

@@ -544,8 +544,12 @@ impl Agent {
         if let Err(error) = self.save_state() {
             tracing::error!(%error, "the state could not be saved");
         }
-        // The guard ends with its socket.
-        lock(&self.guard).take();
+        // The guard ends with its socket; when it has ended it holds nothing, so there is nothing to note.
+        let guard = lock(&self.guard).take().and_then(Arc::into_inner);
+        if let Some(guard) = guard {
+            drop(guard);
+            let _ = std::fs::remove_file(&self.marker);
+        }
     }
 
     /// Ends the present generation of a volume: its next layer is a rescan.
