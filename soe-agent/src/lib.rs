@@ -7,6 +7,8 @@
 
 pub mod seam;
 
+pub mod books;
+
 pub mod probe;
 
 pub mod observe;

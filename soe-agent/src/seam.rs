@@ -76,6 +76,15 @@ impl Reading {
     }
 }
 
+/// An instant at which nothing was in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rest {
+    /// What was queued after it carries this epoch's stamp or a later one.
+    pub epoch: Epoch,
+    /// The totals at that instant.
+    pub misses: Misses,
+}
+
 /// Why a generation ended, so that the next layer must be a rescan or a baseline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
@@ -176,7 +185,13 @@ pub trait ChangeMap: Send + Sync {
     /// Returns when no marking program that loaded the epoch before the last bump is still running.
     /// Takes up to tens of milliseconds: never call it inside a pause.
     fn grace(&self) -> Result<(), TrackError>;
-    /// Reads the counters in the order [`Reading`] documents.
+    /// Balances the books ([`crate::books`]) if the disk is at rest: gives the counters a true base,
+    /// and finds what no program saw. Where they balance already it is cheap, else it takes tens of
+    /// milliseconds. Without it a reading may never say that nothing is in flight.
+    fn settle(&self) -> Result<(), TrackError>;
+    /// The newest rest of this generation that [`settle`](Self::settle) proved.
+    fn rest(&self) -> Option<Rest>;
+    /// Reads the counters in the order [`Reading`] documents. Cheap: may be called inside a pause.
     fn reading(&self) -> Result<Reading, TrackError>;
     /// The ranges with a stamp of `since` or later, ascending, disjoint, merged, cut to the volume.
     fn changed_since(&self, since: Epoch) -> Result<Vec<ByteRange>, TrackError>;

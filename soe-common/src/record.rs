@@ -6,7 +6,23 @@
 use crate::histogram::BUCKETS;
 
 /// Version of every layout in this file, kept in each [`DiskControl`].
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
+
+/// Entries of the table from `diskseq` to slot.
+pub const SLOT_ENTRIES: usize = 1024;
+/// Entries after its own in which a `diskseq` may lie.
+pub const SLOT_PROBES: usize = 8;
+
+/// One entry of the table from `diskseq` to slot: open addressing, at `diskseq % SLOT_ENTRIES` or one of
+/// the places behind it. A hash map would do; this costs a fifth of it, four times an IO.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlotEntry {
+    /// The disk; 0 where there is none.
+    pub diskseq: u64,
+    /// Its slot, with [`SLOT_PATH`] for a path.
+    pub slot: u64,
+}
 
 /// Slot bit in the `diskseq` table that marks a hidden path disk of a multipath head: its requests
 /// count for the head's slot, its bio completions do not.
@@ -60,6 +76,8 @@ pub const TAINT_STASH: u64 = 2;
 pub const TAINT_PASSTHROUGH: u64 = 4;
 /// A discard request had more bios than one run may walk.
 pub const TAINT_DISCARD: u64 = 8;
+/// The books did not balance for so long that nobody can say what is missing. Set by the agent.
+pub const TAINT_BOOKS: u64 = 16;
 
 /// A range of sectors of the disk whose writes are counted apart.
 #[repr(C)]
@@ -106,18 +124,30 @@ pub struct DiskControl {
     pub sectors: u64,
     /// Process id of the agent, whose IO is no load.
     pub own_tgid: u32,
-    /// 1 once a proven drain has given `base` its meaning.
-    pub drained: u32,
+    /// A bit per slice: `base` has its meaning.
+    pub based: u32,
     /// Per slice, `queued - completed` at a moment when nothing was in flight: bios that were under
-    /// way when the programs were attached leave it different from zero.
+    /// way when the programs were attached leave it different from zero, and so do events that no
+    /// program saw.
     pub base: [i64; MAX_SLICES],
     /// The device's own count of sectors written and discarded, less what the programs had counted,
     /// at that moment.
     pub stat_base: i64,
-    /// Skipped runs (queue, completion) when the generation began.
-    pub miss_base: [u64; 2],
+    /// Misses of the queue side when the generation began.
+    pub miss_base: u64,
+    /// Misses of the queue side when the books were last balanced at rest.
+    pub queue_base: u64,
+    /// Misses that no program counted: found by the books (queue, completion), or carried over from
+    /// a replaced set of programs (queue, completion, stash, failed writes).
+    pub found: [u64; 4],
+    /// 1 while the counters are known to lack queue events: nothing is believed before a rest.
+    pub untrue: u64,
+    /// An epoch in which the disk was proven to be at rest in this generation; 0: not yet.
+    pub rest_epoch: u64,
+    /// The misses (as in `found`) at that rest.
+    pub rest_misses: [u64; 4],
 }
-const _: () = assert!(size_of::<DiskControl>() == 88 + 24 * MAX_SLICES + 24);
+const _: () = assert!(size_of::<DiskControl>() == 88 + 24 * MAX_SLICES + 104);
 
 /// Sectors of write-like IO of one slice.
 #[repr(C)]
@@ -210,6 +240,11 @@ pub struct DiskStats {
     pub own_ops: u64,
     /// Their bytes.
     pub own_bytes: u64,
+    /// The cgroup that this CPU served last, and what it did since then that is not in the map of
+    /// cgroups yet.
+    pub cgroup: u64,
+    /// See `cgroup`.
+    pub current: CgroupStats,
 }
 
 /// Heat of one region.

@@ -6,8 +6,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use soe_common::record::{
-    CgroupKey, CgroupStats, ChunkPage, DiskControl, DiskCounters, DiskStats, HeatPage, StampPage,
-    StashedBio, TraceBooks, TracedBio,
+    CgroupKey, CgroupStats, ChunkPage, DiskControl, DiskCounters, DiskStats, HeatPage, SLOT_ENTRIES,
+    SLOT_PROBES, SlotEntry, StampPage, StashedBio, TraceBooks, TracedBio,
 };
 
 const MMAP: usize = BPF_F_MMAPABLE as usize;
@@ -15,7 +15,7 @@ const INNER: usize = (BPF_F_MMAPABLE | BPF_F_INNER_MAP) as usize;
 
 /// `diskseq` to slot. A `diskseq` is never used twice, unlike major:minor numbers.
 #[btf_map]
-pub static SLOTS: HashMap<u64, u32, 64> = HashMap::new();
+pub static SLOTS: Array<SlotEntry, { SLOT_ENTRIES + SLOT_PROBES }, MMAP> = Array::new();
 
 /// Per slot: what the agent says, and taints.
 #[btf_map]

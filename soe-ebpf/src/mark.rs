@@ -15,7 +15,7 @@ use aya_ebpf::{
 };
 use soe_common::record::{
     CHUNK_BLOCKS, CHUNKS_PER_PAGE, ChunkStamp, DISK_BIO_BASED, DISK_NVME, DISK_SCSI, DiskControl,
-    DiskCounters, MAX_SLICES, SLOT_PATH, StampPage, StashedBio, TAINT_DISCARD, TAINT_PASSTHROUGH,
+    DiskCounters, MAX_SLICES, SLOT_ENTRIES, SLOT_PATH, SLOT_PROBES, StampPage, StashedBio, TAINT_DISCARD, TAINT_PASSTHROUGH,
     TAINT_RANGE, TAINT_STASH, op,
 };
 
@@ -33,9 +33,25 @@ const STATUS_AGAIN: u8 = 12;
 /// Slot of a tracked disk and whether it is a path of a multipath head.
 #[inline(always)]
 pub fn slot_of(diskseq: u64) -> Option<(u32, bool)> {
-    // SAFETY: entries are written by the agent only, before the disk is tracked.
-    let slot = *unsafe { SLOTS.get(diskseq) }?;
-    Some((slot & !SLOT_PATH, slot & SLOT_PATH != 0))
+    let home = diskseq as u32 % SLOT_ENTRIES as u32;
+    for probe in 0..SLOT_PROBES as u32 {
+        let entry = SLOTS.get_ptr(home + probe)?;
+        // SAFETY: points into a map value; volatile, because the agent changes it. It writes the slot
+        // before the disk, and lets a grace period pass before it gives a slot to another disk.
+        let (found, slot) = unsafe {
+            (
+                read_volatile(&raw const (*entry).diskseq),
+                read_volatile(&raw const (*entry).slot) as u32,
+            )
+        };
+        if found == diskseq {
+            return Some((slot & !SLOT_PATH, slot & SLOT_PATH != 0));
+        }
+        if found == 0 {
+            return None;
+        }
+    }
+    None
 }
 
 #[inline(always)]

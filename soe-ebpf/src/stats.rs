@@ -10,8 +10,8 @@ use aya_ebpf::{
 };
 use soe_common::histogram::{BUCKETS, bucket_of};
 use soe_common::record::{
-    CgroupKey, CgroupStats, DISK_BIO_BASED, DirectionStats, DiskControl, OCTAVES, REGIONS_PER_PAGE,
-    STREAMS, is_own_ioprio, op,
+    CgroupKey, CgroupStats, DISK_BIO_BASED, DirectionStats, DiskControl, DiskStats, OCTAVES,
+    REGIONS_PER_PAGE, STREAMS, is_own_ioprio, op,
 };
 
 use crate::kernel::{Bio, Request};
@@ -121,34 +121,50 @@ fn count_queue(ctx: BtfTracePointContext) -> i32 {
         locality(direction, sector, bytes);
         heat(slot, control, direction, sector, write);
     }
-    let key = CgroupKey {
-        cgroup: bio.cgroup(),
-        slot,
-        pad: 0,
-    };
-    let (read, written) = if operation == op::READ {
-        (1, 0)
-    } else {
-        (0, 1)
-    };
-    if let Some(counts) = CGROUPS.get_ptr_mut(key) {
-        // SAFETY: a per-CPU value.
-        unsafe {
-            (*counts).read_ops += read;
-            (*counts).write_ops += written;
-            (*counts).read_bytes += read * bytes;
-            (*counts).write_bytes += written * bytes;
-        }
-    } else {
-        let first = CgroupStats {
-            read_ops: read,
-            write_ops: written,
-            read_bytes: read * bytes,
-            write_bytes: written * bytes,
-        };
-        let _ = CGROUPS.insert(key, first, 0);
-    }
+    attribute(stats, slot, bio.cgroup(), operation != op::READ, bytes);
     0
+}
+
+/// Counts for the cgroup that owns the bio. A CPU mostly serves one cgroup at a time, so the counts of
+/// the current one are kept beside the statistics and go to the map when another comes.
+#[inline(always)]
+fn attribute(stats: *mut DiskStats, slot: u32, cgroup: u64, write: bool, bytes: u64) {
+    // SAFETY: points into a map value.
+    unsafe {
+        let current = &raw mut (*stats).current;
+        if (*stats).cgroup != cgroup {
+            let key = CgroupKey {
+                cgroup: (*stats).cgroup,
+                slot,
+                pad: 0,
+            };
+            let gone = *current;
+            (*stats).cgroup = cgroup;
+            *current = CgroupStats {
+                read_ops: 0,
+                write_ops: 0,
+                read_bytes: 0,
+                write_bytes: 0,
+            };
+            if gone.read_ops | gone.write_ops == 0 {
+                // Nothing to hand over: the first one on this CPU.
+            } else if let Some(sum) = CGROUPS.get_ptr_mut(key) {
+                (*sum).read_ops += gone.read_ops;
+                (*sum).write_ops += gone.write_ops;
+                (*sum).read_bytes += gone.read_bytes;
+                (*sum).write_bytes += gone.write_bytes;
+            } else {
+                let _ = CGROUPS.insert(key, gone, 0);
+            }
+        }
+        if write {
+            (*current).write_ops += 1;
+            (*current).write_bytes += bytes;
+        } else {
+            (*current).read_ops += 1;
+            (*current).read_bytes += bytes;
+        }
+    }
 }
 
 /// # Safety

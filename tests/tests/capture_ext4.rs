@@ -18,7 +18,7 @@ use soe_agent::capture::{
 };
 use soe_agent::io::{ReadOptions, SystemClock, UringReader, VolumeSpec};
 use soe_agent::seam::{
-    BlockReader, ByteRange, ChangeMap, Misses, Reading, TrackError, Tracking, Unpaced,
+    BlockReader, ByteRange, ChangeMap, Misses, Reading, Rest, TrackError, Tracking, Unpaced,
 };
 use soe_common::{BlockIndex, Epoch};
 
@@ -57,6 +57,12 @@ impl ChangeMap for StatMap {
     }
     fn bump(&self) -> Result<Epoch, TrackError> {
         Ok(Epoch(self.epoch.fetch_add(1, Ordering::SeqCst) + 1))
+    }
+    fn settle(&self) -> Result<(), TrackError> {
+        Ok(())
+    }
+    fn rest(&self) -> Option<Rest> {
+        None
     }
     fn grace(&self) -> Result<(), TrackError> {
         Ok(())

@@ -71,6 +71,7 @@ impl Drop for Bench {
 fn settled(map: &dyn ChangeMap) -> Reading {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
+        map.settle().expect("settled");
         let reading = map.reading().expect("reading");
         if reading.nothing_in_flight() {
             return reading;

@@ -241,6 +241,14 @@ impl<'a, 'p> Attempt<'a, 'p> {
         }
     }
 
+    /// Balances the books of volumes that do not look quiet. Takes time: not inside a window.
+    pub(super) fn settle(&self) -> Result<(), CaptureError> {
+        for volume in &self.volumes {
+            volume.parts.map.settle()?;
+        }
+        Ok(())
+    }
+
     /// Whether nothing is in flight on any volume right now. A hint; it proves nothing later.
     pub(super) fn looks_quiet(&self) -> Result<bool, CaptureError> {
         for volume in &self.volumes {

@@ -155,6 +155,8 @@ impl Capture<'_, '_> {
                 if pending > limit / 16 && self.attempt.converging() {
                     self.attempt.pass(sink)?;
                 }
+            } else {
+                self.attempt.settle()?;
             }
             clock.sleep(backoff);
             backoff = (backoff * 2).min(self.policy.backoff_max);
@@ -198,6 +200,7 @@ impl Capture<'_, '_> {
         loop {
             // What is flushed now is copied by a pass, what is dirty then is written in the pause.
             freezer.flush()?;
+            self.attempt.settle()?;
             let pending = self.attempt.pending()?;
             let budget = self.policy.pause_budget;
             let expected = freezer.freeze_estimate() + freezer.thaw_estimate();

@@ -6,7 +6,7 @@ use soe_common::Epoch;
 use uuid::Uuid;
 
 use super::types::{CutRecord, LayerKind, Mutation};
-use crate::seam::Misses;
+use crate::seam::{Misses, Rest};
 
 /// What kind of layer the base allows, and the first epoch whose blocks it takes (`None`: all).
 ///
@@ -28,8 +28,8 @@ pub fn layer_kind(
 }
 
 /// The last instant of which it is known that nothing was in flight: the cut of the base when it is
-/// of the same generation, else the beginning of tracking, where writes already under way were not
-/// seen at all.
+/// of the same generation, else a rest that was proven since the generation began, else the beginning
+/// of tracking, where writes already under way were not seen at all.
 #[derive(Clone, Copy, Debug)]
 pub struct Reference {
     /// The epoch that began there.
@@ -42,11 +42,16 @@ pub struct Reference {
 
 impl Reference {
     /// The reference for a capture in `generation`.
-    pub fn new(base: Option<&CutRecord>, generation: Uuid) -> Self {
-        match base {
-            Some(base) if base.generation == generation => Self {
+    pub fn new(base: Option<&CutRecord>, generation: Uuid, rest: Option<Rest>) -> Self {
+        match (base, rest) {
+            (Some(base), _) if base.generation == generation => Self {
                 epoch: base.epoch,
                 misses: base.misses,
+                quiet: true,
+            },
+            (_, Some(rest)) => Self {
+                epoch: rest.epoch,
+                misses: rest.misses,
                 quiet: true,
             },
             _ => Self {
@@ -238,7 +243,7 @@ mod tests {
 
     #[test]
     fn before_the_first_quiet_instant_a_missed_completion_starts_over() {
-        let at = Reference::new(None, Uuid::nil());
+        let at = Reference::new(None, Uuid::nil(), None);
         let start = misses(0, 2, 0, 0);
         assert_eq!(
             judge(&at, LayerKind::Baseline, &start, &start),

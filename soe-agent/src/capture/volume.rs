@@ -13,6 +13,9 @@ use super::select::{self, Marks, Reference};
 use super::types::{CapturePolicy, CutRecord, LayerKind, Level, Mutation, VolumeCut, VolumeParts};
 use crate::seam::{ByteRange, Clock, GenerationEnd, Misses, Pace, Reading, Tracking};
 
+/// Longer than balancing the books takes: a grace period and the looks before and after it.
+const SETTLING: Duration = Duration::from_millis(24);
+
 /// One volume under capture.
 pub(super) struct Volume<'a> {
     pub(super) parts: VolumeParts<'a>,
@@ -67,13 +70,14 @@ impl<'a> Volume<'a> {
         }
         let generation = map.generation();
         let (kind, since) = select::layer_kind(baseline, parts.base.as_ref(), generation);
+        map.settle()?;
         let start = map.reading()?.misses;
         let volume = Self {
             unit,
             bytes,
             generation,
             kind,
-            reference: Reference::new(parts.base.as_ref(), generation),
+            reference: Reference::new(parts.base.as_ref(), generation, map.rest()),
             start,
             since,
             missed_before: start.complete,
@@ -139,6 +143,7 @@ impl<'a> Volume<'a> {
         until: Duration,
         policy: &CapturePolicy,
     ) -> Result<bool, CaptureError> {
+        let mut settled = false;
         loop {
             let reading = self.parts.map.reading()?;
             self.first = Some(reading);
@@ -147,6 +152,12 @@ impl<'a> Volume<'a> {
             }
             if clock.monotonic() >= until {
                 return Ok(false);
+            }
+            // Under a freeze this may be the only rest in which the books can be balanced.
+            if !settled && clock.monotonic() + SETTLING <= until {
+                self.parts.map.settle()?;
+                settled = true;
+                continue;
             }
             clock.sleep(Duration::from_micros(100));
         }

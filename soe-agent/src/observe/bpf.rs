@@ -15,12 +15,14 @@ struct Aligned<T: ?Sized>(T);
 static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("SOE_EBPF_OBJECT")));
 
 /// Programs that track changes; attached first, and always.
-pub const MARKING: [(&str, &str); 4] = [
+pub const MARKING: [(&str, &str); 3] = [
     ("mark_queue", "block_bio_queue"),
     ("mark_request_done", "block_rq_complete"),
     ("mark_bio_done", "block_bio_complete"),
-    ("watch_passthrough", "block_rq_issue"),
 ];
+/// Watches disks that passthrough commands can reach (NVMe, SCSI); attached from the first of them on,
+/// because it runs for every request of the host.
+pub const PASSTHROUGH: (&str, &str) = ("watch_passthrough", "block_rq_issue");
 /// Programs that keep statistics; always attached.
 pub const STATISTICS: [(&str, &str); 3] = [
     ("count_queue", "block_bio_queue"),
@@ -34,9 +36,7 @@ pub const TRACING: [(&str, &str); 3] = [
     ("trace_bio_done", "block_bio_complete"),
 ];
 /// Maps sized by the number of slots.
-pub const SLOTTED: [&str; 7] = [
-    "SLOTS", "CONTROL", "STAMPS", "CHUNKS", "HEAT", "COUNTERS", "STATS",
-];
+pub const SLOTTED: [&str; 6] = ["CONTROL", "STAMPS", "CHUNKS", "HEAT", "COUNTERS", "STATS"];
 
 /// Programs loaded and maps created, nothing attached yet.
 pub struct Loaded {
@@ -97,7 +97,12 @@ pub fn load(offsets: &KernelOffsets, slots: u32) -> Result<Loaded, TrackerError>
         .load(&OBJECT.0)
         .map_err(|e| failed("the eBPF object")(&e))?;
     let mut programs = BTreeMap::new();
-    for (name, tracepoint) in MARKING.into_iter().chain(STATISTICS).chain(TRACING) {
+    for (name, tracepoint) in MARKING
+        .into_iter()
+        .chain([PASSTHROUGH])
+        .chain(STATISTICS)
+        .chain(TRACING)
+    {
         let program: &mut BtfTracePoint = object
             .program_mut(name)
             .ok_or_else(|| TrackerError::Load {

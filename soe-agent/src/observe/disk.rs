@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-use std::time::Duration;
 
 use soe_common::record::{
     CHUNK_BLOCKS, CHUNKS_PER_PAGE, ChunkStamp, DISK_TRACED, DiskControl, DiskCounters, DiskStats,
@@ -14,10 +13,12 @@ use soe_common::{Epoch, SECTOR_SIZE};
 use uuid::Uuid;
 
 use super::TrackerError;
+use super::counting::Witness;
+use super::maps::Maps;
 use super::syscalls::{self, Mapped, PAGE};
-use super::tracker::{Maps, grace};
+use super::tracker::grace;
 use super::volumes::Disk;
-use crate::seam::{ByteRange, ChangeMap, GenerationEnd, Misses, Reading, TrackError, Tracking};
+use crate::seam::{ByteRange, ChangeMap, GenerationEnd, Reading, Rest, TrackError, Tracking};
 
 /// How a disk is cut into blocks and regions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,32 +81,36 @@ impl Geometry {
 
 /// One disk's part of the kernel half.
 pub struct DiskTrack {
-    maps: Arc<Maps>,
-    slot: u32,
-    disk: Disk,
+    pub(super) maps: Arc<Maps>,
+    pub(super) slot: u32,
+    pub(super) disk: Disk,
     geometry: Geometry,
     stamps: Mapped,
     chunks: Mapped,
     heat: Mapped,
+    pub(super) witness: Witness,
 }
 
-fn atomic32<'a>(at: *mut u32) -> &'a AtomicU32 {
+pub(super) fn atomic32<'a>(at: *mut u32) -> &'a AtomicU32 {
     // SAFETY: callers pass addresses within mappings that live as long as the track; the kernel
     // accesses the same words with single plain or atomic instructions.
     unsafe { AtomicU32::from_ptr(at) }
 }
 
-fn atomic64<'a>(at: *mut u64) -> &'a AtomicU64 {
+pub(super) fn atomic64<'a>(at: *mut u64) -> &'a AtomicU64 {
     // SAFETY: as in `atomic32`.
     unsafe { AtomicU64::from_ptr(at) }
 }
 
+/// The address of a word of the slot's control record.
 macro_rules! word {
     ($track:expr, $field:ident) => {
         // SAFETY: the address of a field within the mapping.
         unsafe { &raw mut (*$track.maps.control_of($track.slot)).$field }
     };
 }
+
+pub(super) use word;
 
 impl DiskTrack {
     fn map(
@@ -123,6 +128,7 @@ impl DiskTrack {
             stamps: mapped(fds[0], geometry.chunks(), "stamps")?,
             chunks: mapped(fds[1], geometry.chunk_pages(), "chunk stamps")?,
             heat: mapped(fds[2], geometry.heat_pages(), "heat")?,
+            witness: Witness::of(disk),
             maps,
             slot,
             disk: disk.clone(),
@@ -169,7 +175,7 @@ impl DiskTrack {
             generation: *Uuid::new_v4().as_bytes(),
             sectors: geometry.sectors,
             own_tgid: std::process::id(),
-            miss_base: maps.misses().map_err(TrackerError::io("skipped runs"))?,
+            miss_base: maps.misses().map_err(TrackerError::io("skipped runs"))?[0],
             ..DiskControl::default()
         };
         // SAFETY: within the mapping; no program knows the slot yet.
@@ -199,12 +205,12 @@ impl DiskTrack {
     /// Lets the programs find the slot: marking begins with the next bio.
     pub(super) fn publish(&self) -> Result<(), TrackerError> {
         fence(Ordering::SeqCst);
-        let slots = self.maps.map("SLOTS");
+        let slot = u64::from(self.slot);
         for path in &self.disk.hidden_paths {
-            syscalls::update(slots, *path, self.slot | soe_common::record::SLOT_PATH)
-                .map_err(TrackerError::io("SLOTS"))?;
+            let marked = slot | u64::from(soe_common::record::SLOT_PATH);
+            self.maps.publish(*path, marked)?;
         }
-        syscalls::update(slots, self.disk.diskseq, self.slot).map_err(TrackerError::io("SLOTS"))
+        self.maps.publish(self.disk.diskseq, slot)
     }
 
     /// Takes over what a replaced set knew of this disk, except its counters.
@@ -243,8 +249,12 @@ impl DiskTrack {
             }
         }
         // The old programs' taints up to their end count as well.
-        atomic64(word!(self, taint))
-            .fetch_or(old.maps.control_copy(old.slot).taint, Ordering::SeqCst);
+        let gone = old.maps.control_copy(old.slot);
+        atomic64(word!(self, taint)).fetch_or(gone.taint, Ordering::SeqCst);
+        // So do their misses, which the newest layers refer to.
+        if let Ok((_, misses)) = old.counters() {
+            self.found(&misses);
+        }
     }
 
     fn chunk(&self, chunk: u64) -> *mut ChunkStamp {
@@ -289,7 +299,7 @@ impl DiskTrack {
 
     /// Ends the generation and begins another: taints and misses up to now belong to the old one.
     pub fn begin_generation(&self) -> Result<Uuid, TrackerError> {
-        let misses = self
+        let [queue, _] = self
             .maps
             .misses()
             .map_err(TrackerError::io("skipped runs"))?;
@@ -297,10 +307,15 @@ impl DiskTrack {
         // SAFETY: within the mapping; only the agent writes these words.
         unsafe {
             let control = self.maps.control_of(self.slot);
-            (&raw mut (*control).miss_base).write_volatile(misses);
+            let found = (&raw const (*control).found).read_volatile();
+            (&raw mut (*control).miss_base).write_volatile(queue + found[0]);
+            (&raw mut (*control).rest_epoch).write_volatile(0);
             (&raw mut (*control).generation).write_volatile(*generation.as_bytes());
         }
-        atomic64(word!(self, taint)).store(0, Ordering::SeqCst);
+        let taint = atomic64(word!(self, taint)).swap(0, Ordering::SeqCst);
+        if taint & soe_common::record::TAINT_BOOKS != 0 {
+            self.forget_base();
+        }
         self.bump();
         Ok(generation)
     }
@@ -346,132 +361,17 @@ impl DiskTrack {
             (&raw mut (*self.maps.control_of(self.slot)).slice[index])
                 .write_volatile(Slice { start, end });
         }
-        // Bios under way now will be completed without having been queued in this slice.
-        atomic32(word!(self, drained)).store(0, Ordering::SeqCst);
+        // Bios under way now will be completed without having been queued in this slice: it has no base
+        // before the disk is found at rest. The other slices keep theirs.
         atomic32(word!(self, slices)).store(index as u32 + 1, Ordering::SeqCst);
         Ok(index)
     }
 
-    /// The counters of all slices, *completed* read on all CPUs before *queued*, then the misses.
-    fn counters(&self) -> io::Result<(DiskCounters, Misses)> {
-        let read = || {
-            syscalls::lookup_per_cpu::<u32, DiskCounters>(
-                self.maps.map("COUNTERS"),
-                self.slot,
-                self.maps.cpus,
-            )
-            .and_then(|values| values.ok_or(io::ErrorKind::NotFound.into()))
-        };
-        let first = read()?;
-        fence(Ordering::SeqCst);
-        let second = read()?;
-        fence(Ordering::SeqCst);
-        let mut sum = DiskCounters::default();
-        for (earlier, later) in first.iter().zip(&second) {
-            for index in 0..MAX_SLICES {
-                sum.slice[index].completed += earlier.slice[index].completed;
-                sum.slice[index].queued += later.slice[index].queued;
-            }
-            sum.failed_writes += later.failed_writes;
-            sum.stash_failures += later.stash_failures;
-            sum.rejected += later.rejected;
-        }
-        let [queue, complete] = self.maps.misses()?;
-        let misses = Misses {
-            queue,
-            complete,
-            stash: sum.stash_failures,
-            failed_writes: sum.failed_writes,
-        };
-        Ok((sum, misses))
-    }
-
-    /// Finds a moment with nothing in flight by the device's own word, twice with a grace period
-    /// between and unchanged counters, and takes it as the counters' base. Whether it did.
-    fn drain(&self) -> io::Result<bool> {
-        if self.disk.suspended() || self.disk.in_flight()? != 0 {
-            return Ok(false);
-        }
-        let (before, _) = self.counters()?;
-        let stat = self.disk.sectors_changed()?;
-        grace()?;
-        std::thread::sleep(Duration::from_millis(2));
-        let (after, _) = self.counters()?;
-        if before != after || self.disk.in_flight()? != 0 || self.disk.suspended() {
-            return Ok(false);
-        }
-        let mut base = [0i64; MAX_SLICES];
-        for (to, flight) in base.iter_mut().zip(&after.slice) {
-            *to = flight.queued.wrapping_sub(flight.completed) as i64;
-        }
-        let counted = after.slice[0].queued.wrapping_sub(after.rejected);
-        // SAFETY: within the mapping; only the agent writes these words.
-        unsafe {
-            let control = self.maps.control_of(self.slot);
-            (&raw mut (*control).base).write_volatile(base);
-            (&raw mut (*control).stat_base).write_volatile(stat.wrapping_sub(counted) as i64);
-        }
-        atomic32(word!(self, drained)).store(1, Ordering::SeqCst);
-        Ok(true)
-    }
-
-    /// The reading of one slice. Until a drain has been proven it never says "nothing in flight".
-    fn reading(&self, slice: usize) -> io::Result<Reading> {
-        if atomic32(word!(self, drained)).load(Ordering::SeqCst) == 0 {
-            self.drain()?;
-        }
-        let (counters, misses) = self.counters()?;
-        let control = self.maps.control_copy(self.slot);
-        let flight = counters.slice[slice];
-        let completed = flight.completed.wrapping_add(control.base[slice] as u64);
-        if control.drained == 0 {
-            return Ok(Reading {
-                completed,
-                queued: completed.wrapping_add(1),
-                misses,
-            });
-        }
-        // More completed than queued: a bio from before the base was found. The next drain mends it.
-        if (flight.queued.wrapping_sub(completed) as i64) < 0 {
-            atomic32(word!(self, drained)).store(0, Ordering::SeqCst);
-            return Ok(Reading {
-                completed,
-                queued: completed.wrapping_add(1),
-                misses,
-            });
-        }
-        Ok(Reading {
-            completed,
-            queued: flight.queued,
-            misses,
-        })
-    }
-
-    /// Compares what the programs counted with the device's own statistics. `None` when the disk is
-    /// not quiet or keeps no statistics; otherwise (counted, device's) sectors since the base.
-    pub fn audit(&self) -> Result<Option<(u64, u64)>, TrackerError> {
-        let io = |e| TrackerError::io(format!("statistics of {}", self.disk.name))(e);
-        if !self.disk.keeps_statistics() || self.disk.in_flight().map_err(io)? != 0 {
-            return Ok(None);
-        }
-        let before = self.reading(0).map_err(io)?;
-        if !before.nothing_in_flight() {
-            return Ok(None);
-        }
-        let device = self.disk.sectors_changed().map_err(io)?;
-        let (counters, _) = self.counters().map_err(io)?;
-        let after = self.reading(0).map_err(io)?;
-        if after.queued != before.queued || !after.nothing_in_flight() {
-            return Ok(None);
-        }
-        let base = self.maps.control_copy(self.slot).stat_base as u64;
-        let counted = counters.slice[0].queued.wrapping_sub(counters.rejected);
-        Ok(Some((counted, device.wrapping_sub(base))))
-    }
-
     /// Whether the map tells the whole truth.
     pub fn tracking(&self) -> Tracking {
-        use soe_common::record::{TAINT_DISCARD, TAINT_PASSTHROUGH, TAINT_RANGE, TAINT_STASH};
+        use soe_common::record::{
+            TAINT_BOOKS, TAINT_DISCARD, TAINT_PASSTHROUGH, TAINT_RANGE, TAINT_STASH,
+        };
         let taint = atomic64(word!(self, taint)).load(Ordering::SeqCst);
         if taint & TAINT_RANGE != 0 {
             return Tracking::Tainted(GenerationEnd::Resize);
@@ -482,13 +382,17 @@ impl DiskTrack {
         if taint & (TAINT_STASH | TAINT_DISCARD) != 0 {
             return Tracking::Tainted(GenerationEnd::GapMiss);
         }
-        let base = self.maps.control_copy(self.slot).miss_base;
+        if taint & TAINT_BOOKS != 0 {
+            return Tracking::Tainted(GenerationEnd::CounterMismatch);
+        }
+        let control = self.maps.control_copy(self.slot);
         let Ok(now) = self.maps.misses() else {
             return Tracking::Detached;
         };
-        let missed = [now[0] > base[0], now[1] > base[1]];
-        // With ranges remembered from queue to completion, either miss loses one.
-        if (missed[0] && missed[1]) || (self.disk.is_bio_based() && (missed[0] || missed[1])) {
+        // Where the range is remembered at the queue, a missed queue event takes both marks: the
+        // completion does not know what it completes. Elsewhere one mark stands in for the other,
+        // which a capture judges from its base on (`capture::select`).
+        if self.disk.is_bio_based() && now[0] + control.found[0] > control.miss_base {
             return Tracking::Tainted(GenerationEnd::GapMiss);
         }
         match self.disk.is_still_there() {
@@ -624,6 +528,15 @@ impl ChangeMap for SliceMap {
     }
     fn bump(&self) -> Result<Epoch, TrackError> {
         Ok(self.track.bump())
+    }
+    fn rest(&self) -> Option<Rest> {
+        self.track.rest()
+    }
+    fn settle(&self) -> Result<(), TrackError> {
+        self.track
+            .settle()
+            .map(drop)
+            .map_err(self.kernel("finding the disk at rest"))
     }
     fn grace(&self) -> Result<(), TrackError> {
         grace().map_err(self.kernel("membarrier"))

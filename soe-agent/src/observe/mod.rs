@@ -1,11 +1,13 @@
 //! Block events in: the eBPF half, recorded traces, and the volumes they belong to.
 //!
 //! `bpf` loads the programs, `tracker` attaches, pins and adopts them, `disk` reads and steers one
-//! disk's maps, `volumes` finds out what a name stands for.
+//! disk's maps, `counting` its write counters, `volumes` finds out what a name stands for.
 
 pub mod bpf;
 pub mod cgroups;
+mod counting;
 pub mod disk;
+mod maps;
 pub mod ring;
 pub mod syscalls;
 pub mod tracker;

@@ -10,15 +10,18 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use soe_common::Epoch;
-use soe_common::record::{DiskControl, KernelOffsets, LAYOUT_VERSION, TraceBooks};
+use soe_common::record::{
+    CgroupKey, CgroupStats, DiskControl, DiskStats, KernelOffsets, LAYOUT_VERSION, TraceBooks,
+};
 
 use super::TrackerError;
-use super::bpf::{self, Loaded, MARKING, SLOTTED, STATISTICS, TRACING};
+use super::bpf::{self, Loaded, MARKING, PASSTHROUGH, SLOTTED, STATISTICS, TRACING};
 use super::disk::{DiskTrack, Geometry};
-use super::syscalls::{self, Mapped};
+use super::maps::Maps;
+use super::syscalls;
 use super::volumes::Disk;
 use crate::probe::btf::Btf;
 use crate::seam::GenerationEnd;
@@ -61,72 +64,13 @@ pub enum Start {
     Upgraded,
 }
 
-/// What disks need of the tracker.
-pub(super) struct Maps {
-    by_name: BTreeMap<String, OwnedFd>,
-    programs: BTreeMap<String, OwnedFd>,
-    pub(super) control: Mapped,
-    pub(super) cpus: usize,
-}
-
-impl Maps {
-    fn new(
-        by_name: BTreeMap<String, OwnedFd>,
-        programs: BTreeMap<String, OwnedFd>,
-        slots: u32,
-    ) -> Result<Self, TrackerError> {
-        let control = by_name.get("CONTROL").ok_or_else(|| TrackerError::Load {
-            what: "map CONTROL".into(),
-            reason: "not in the object".into(),
-        })?;
-        let control = Mapped::new(control, slots as usize * size_of::<DiskControl>())
-            .map_err(TrackerError::io("mmap of CONTROL"))?;
-        let cpus = syscalls::possible_cpus().map_err(TrackerError::io("number of CPUs"))?;
-        Ok(Self {
-            by_name,
-            programs,
-            control,
-            cpus,
-        })
-    }
-
-    pub(super) fn map(&self, name: &str) -> BorrowedFd<'_> {
-        self.by_name
-            .get(name)
-            .expect("every map of the object is there")
-            .as_fd()
-    }
-
-    pub(super) fn control_of(&self, slot: u32) -> *mut DiskControl {
-        self.control.at(slot as usize * size_of::<DiskControl>())
-    }
-
-    /// A copy of a slot's control words. The programs change `taint` and `failed_epoch` only.
-    pub(super) fn control_copy(&self, slot: u32) -> DiskControl {
-        // SAFETY: within the mapping; plain data.
-        unsafe { self.control_of(slot).read_volatile() }
-    }
-
-    /// Skipped runs of the queue-side and of the completion-side marking programs.
-    pub(super) fn misses(&self) -> io::Result<[u64; 2]> {
-        let of = |name: &str| {
-            let program = self.programs.get(name).ok_or(io::ErrorKind::NotFound)?;
-            syscalls::program_info(program.as_fd()).map(|info| info.recursion_misses)
-        };
-        Ok([
-            of("mark_queue")?,
-            of("mark_request_done")? + of("mark_bio_done")?,
-        ])
-    }
-}
-
 /// The kernel half, attached.
 pub struct Tracker {
     maps: Arc<Maps>,
     options: TrackerOptions,
     start: Start,
     set: PathBuf,
-    _links: Vec<OwnedFd>,
+    links: Mutex<BTreeMap<String, OwnedFd>>,
     _lock: File,
     tracing: Mutex<Vec<OwnedFd>>,
     slots: Mutex<()>,
@@ -227,6 +171,13 @@ impl PinnedSet {
             programs.insert(name.to_string(), syscalls::program_by_id(id)?);
             links.insert(name.to_string(), link);
         }
+        for (name, _) in TRACING.into_iter().chain([PASSTHROUGH]) {
+            let program = syscalls::pinned(&path.join(format!("prog_{name}")))?;
+            programs.insert(name.to_string(), program);
+        }
+        if let Ok(link) = syscalls::pinned(&path.join(format!("link_{}", PASSTHROUGH.0))) {
+            links.insert(PASSTHROUGH.0.to_string(), link);
+        }
         Ok(Self {
             path: path.into(),
             maps,
@@ -296,25 +247,17 @@ impl Tracker {
                 Err(_) => remove_set(&path)?,
             }
         }
-        if let Some(mut set) = adopted {
+        if let Some(set) = adopted {
             for old in replaced {
                 remove_set(&old.path)?;
             }
-            // The tracing programs are not pinned; those just loaded refer to maps of their own, so
-            // the adopted set runs without them until the next restart with nothing pinned.
-            let mut programs = std::mem::take(&mut set.programs);
-            for (name, _) in TRACING {
-                if let Ok(program) = syscalls::pinned(&set.path.join(format!("prog_{name}"))) {
-                    programs.insert(name.into(), program);
-                }
-            }
-            let maps = Arc::new(Maps::new(set.maps, programs, options.slots)?);
+            let maps = Arc::new(Maps::new(set.maps, set.programs, options.slots)?);
             let tracker = Self {
                 maps,
                 options,
                 start: Start::Adopted,
                 set: set.path,
-                _links: set.links.into_values().collect(),
+                links: Mutex::new(set.links),
                 _lock: lock,
                 tracing: Mutex::new(Vec::new()),
                 slots: Mutex::new(()),
@@ -349,7 +292,7 @@ impl Tracker {
             syscalls::pin(map.as_fd(), &set.join(pin_name(name)))
                 .map_err(TrackerError::io(format!("pin of map {name}")))?;
         }
-        for (name, _) in TRACING {
+        for (name, _) in TRACING.into_iter().chain([PASSTHROUGH]) {
             let program = loaded.programs.get(name).expect("loaded above");
             syscalls::pin(program.as_fd(), &set.join(format!("prog_{name}")))
                 .map_err(TrackerError::io(format!("pin of program {name}")))?;
@@ -365,14 +308,11 @@ impl Tracker {
         for old in &replaced {
             carried.extend(carry_slots(old, &maps, &options)?);
         }
-        let mut links = Vec::new();
-        for (name, _) in MARKING.into_iter().chain(STATISTICS) {
-            let program = maps.programs.get(name).expect("loaded above");
-            let link = syscalls::attach_tracepoint(program.as_fd())
-                .map_err(TrackerError::io(format!("cannot attach program {name}")))?;
-            syscalls::pin(link.as_fd(), &set.join(format!("link_{name}")))
-                .map_err(TrackerError::io(format!("pin of link {name}")))?;
-            links.push(link);
+        let mut links = BTreeMap::new();
+        let exposed = carried.iter().any(|(_, to)| to.disk().takes_passthrough());
+        let marking = MARKING.into_iter().chain(exposed.then_some(PASSTHROUGH));
+        for (name, _) in marking.chain(STATISTICS) {
+            links.insert(name.to_string(), attach_pinned(&maps, &set, name)?);
         }
         grace().map_err(TrackerError::io("membarrier"))?;
         for old in replaced {
@@ -389,7 +329,7 @@ impl Tracker {
             options,
             start,
             set,
-            _links: links,
+            links: Mutex::new(links),
             _lock: lock,
             tracing: Mutex::new(Vec::new()),
             slots: Mutex::new(()),
@@ -447,6 +387,16 @@ impl Tracker {
         let geometry =
             Geometry::for_disk(disk, self.options.min_block, self.options.max_stamp_bytes);
         let track = DiskTrack::create(self.maps.clone(), slot, disk, geometry, Epoch::FIRST)?;
+        if disk.takes_passthrough() {
+            let (name, _) = PASSTHROUGH;
+            let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+            if !links.contains_key(name) {
+                links.insert(
+                    name.to_string(),
+                    attach_pinned(&self.maps, &self.set, name)?,
+                );
+            }
+        }
         track.publish()?;
         Ok((Arc::new(track), Some(reason)))
     }
@@ -463,14 +413,7 @@ impl Tracker {
     }
 
     fn release(&self, slot: u32) -> Result<(), TrackerError> {
-        let slots = self.maps.map("SLOTS");
-        for key in syscalls::keys::<u64>(slots).map_err(TrackerError::io("keys of SLOTS"))? {
-            let value =
-                syscalls::lookup::<u64, u32>(slots, key).map_err(TrackerError::io("SLOTS"))?;
-            if value.is_some_and(|v| v & !soe_common::record::SLOT_PATH == slot) {
-                syscalls::delete(slots, key).map_err(TrackerError::io("SLOTS"))?;
-            }
-        }
+        self.maps.withdraw(slot);
         // No program may still be marking into a slot that is handed out again.
         grace().map_err(TrackerError::io("membarrier"))?;
         for map in ["STAMPS", "CHUNKS", "HEAT"] {
@@ -536,36 +479,56 @@ impl Tracker {
             }))
     }
 
-    /// The per-cgroup counters, summed over CPUs.
-    pub fn cgroups(
-        &self,
-    ) -> Result<
-        Vec<(
-            soe_common::record::CgroupKey,
-            soe_common::record::CgroupStats,
-        )>,
-        TrackerError,
-    > {
-        use soe_common::record::{CgroupKey, CgroupStats};
-        let map = self.maps.map("CGROUPS");
-        let mut out = Vec::new();
-        for key in syscalls::keys::<CgroupKey>(map).map_err(TrackerError::io("keys of CGROUPS"))? {
-            let Some(values) =
-                syscalls::lookup_per_cpu::<CgroupKey, CgroupStats>(map, key, self.maps.cpus)
-                    .map_err(TrackerError::io("CGROUPS"))?
-            else {
+    /// What every cgroup did to every slot since tracking began, summed over CPUs.
+    pub fn cgroups(&self) -> Result<BTreeMap<(u32, u64), CgroupStats>, TrackerError> {
+        // A CPU that hands its counts over between the two readings would be seen twice or not at all.
+        let mut tries = 0;
+        loop {
+            let before = self.held_back()?;
+            let mut sums = self.handed_over()?;
+            let after = self.held_back()?;
+            let calm = before.iter().zip(&after).all(|((_, then), (_, now))| {
+                let ops = |stats: &DiskStats| stats.current.read_ops + stats.current.write_ops;
+                then.cgroup == now.cgroup && ops(then) <= ops(now)
+            });
+            tries += 1;
+            if !calm && tries < 8 {
                 continue;
-            };
-            let mut sum = CgroupStats::default();
-            for cpu in values {
-                sum.read_ops += cpu.read_ops;
-                sum.write_ops += cpu.write_ops;
-                sum.read_bytes += cpu.read_bytes;
-                sum.write_bytes += cpu.write_bytes;
             }
-            out.push((key, sum));
+            for (slot, stats) in before.iter().filter(|(_, stats)| stats.cgroup != 0) {
+                add(
+                    sums.entry((*slot, stats.cgroup)).or_default(),
+                    &stats.current,
+                );
+            }
+            return Ok(sums);
         }
-        Ok(out)
+    }
+
+    /// The statistics of every slot and CPU, with what they have not handed over yet.
+    fn held_back(&self) -> Result<Vec<(u32, DiskStats)>, TrackerError> {
+        let mut all = Vec::new();
+        for (slot, _) in self.used_slots() {
+            let stats: Option<Vec<DiskStats>> =
+                syscalls::lookup_per_cpu(self.maps.map("STATS"), slot, self.maps.cpus)
+                    .map_err(TrackerError::io("STATS"))?;
+            all.extend(stats.unwrap_or_default().into_iter().map(|s| (slot, s)));
+        }
+        Ok(all)
+    }
+
+    fn handed_over(&self) -> Result<BTreeMap<(u32, u64), CgroupStats>, TrackerError> {
+        let map = self.maps.map("CGROUPS");
+        let mut sums: BTreeMap<(u32, u64), CgroupStats> = BTreeMap::new();
+        for key in syscalls::keys::<CgroupKey>(map).map_err(TrackerError::io("keys of CGROUPS"))? {
+            let counts: Option<Vec<CgroupStats>> =
+                syscalls::lookup_per_cpu(map, key, self.maps.cpus)
+                    .map_err(TrackerError::io("CGROUPS"))?;
+            for cpu in counts.unwrap_or_default() {
+                add(sums.entry((key.slot, key.cgroup)).or_default(), &cpu);
+            }
+        }
+        Ok(sums)
     }
 
     /// What the kernel says of each program: name, instructions verified, runs and nanoseconds
@@ -586,6 +549,26 @@ impl Tracker {
     pub fn uninstall(self) -> Result<(), TrackerError> {
         remove_set(&self.set)
     }
+}
+
+fn add(sum: &mut CgroupStats, more: &CgroupStats) {
+    sum.read_ops += more.read_ops;
+    sum.write_ops += more.write_ops;
+    sum.read_bytes += more.read_bytes;
+    sum.write_bytes += more.write_bytes;
+}
+
+/// Attaches a program for good: its link outlives this process.
+fn attach_pinned(maps: &Maps, set: &Path, name: &str) -> Result<OwnedFd, TrackerError> {
+    let program = maps.programs.get(name).ok_or_else(|| TrackerError::Load {
+        what: format!("program {name}"),
+        reason: "not in the object".into(),
+    })?;
+    let link = syscalls::attach_tracepoint(program.as_fd())
+        .map_err(TrackerError::io(format!("cannot attach program {name}")))?;
+    syscalls::pin(link.as_fd(), &set.join(format!("link_{name}")))
+        .map_err(TrackerError::io(format!("pin of link {name}")))?;
+    Ok(link)
 }
 
 /// Returns when every program that was running when it was called has ended: the programs run

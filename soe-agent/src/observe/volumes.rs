@@ -114,6 +114,11 @@ impl Disk {
         self.flags & DISK_BIO_BASED != 0
     }
 
+    /// Whether commands can reach the disk past the block layer's bios.
+    pub(super) fn takes_passthrough(&self) -> bool {
+        self.flags & (DISK_NVME | DISK_SCSI) != 0
+    }
+
     /// Whether the node still is the same disk of the same size.
     pub fn is_still_there(&self) -> bool {
         number(&self.sys.join("diskseq")).is_ok_and(|seq| seq == self.diskseq)
@@ -138,17 +143,14 @@ impl Disk {
         text(&self.sys.join("queue/iostats")).is_ok_and(|s| s == "1")
     }
 
-    /// Sectors written and discarded by the device's own statistics (Documentation/block/stat.rst:
-    /// fields 7 and 14).
+    /// Sectors written and discarded by the device's own statistics.
     pub fn sectors_changed(&self) -> io::Result<u64> {
-        let stat = text(&self.sys.join("stat"))?;
-        let field = |index: usize| {
-            stat.split_whitespace()
-                .nth(index)
-                .and_then(|n| n.parse::<u64>().ok())
-                .unwrap_or(0)
-        };
-        Ok(field(6).wrapping_add(field(13)))
+        text(&self.sysfs("stat")).map(|stat| sectors_changed(&stat))
+    }
+
+    /// The place of the attribute `name` of this disk in sysfs.
+    pub(super) fn sysfs(&self, name: &str) -> PathBuf {
+        self.sys.join(name)
     }
 
     /// Disks and partitions stacked on this one.
@@ -160,6 +162,18 @@ impl Disk {
     pub fn members(&self) -> Vec<String> {
         names_in(&self.sys.join("slaves"))
     }
+}
+
+/// Sectors written and discarded, of the text of a `stat` file (Documentation/block/stat.rst: fields 7
+/// and 14).
+pub(super) fn sectors_changed(stat: &str) -> u64 {
+    let field = |index: usize| {
+        stat.split_whitespace()
+            .nth(index)
+            .and_then(|n| n.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    field(6).wrapping_add(field(13))
 }
 
 fn names_in(folder: &Path) -> Vec<String> {

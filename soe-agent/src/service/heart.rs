@@ -1,12 +1,12 @@
 //! The heartbeat: samples the volumes, closes windows and bins, lets the brain decide, carries out
 //! its commands.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use soe_common::record::{CgroupKey, CgroupStats};
+use soe_common::record::CgroupStats;
 
 use super::agent::{Agent, Entry, lock};
 use super::sampler::{WindowOf, window};
@@ -35,7 +35,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let (mut ticked, mut maintained) = (clock.monotonic(), clock.monotonic());
     let mut heat_at = clock.monotonic();
     let mut sampled = clock.monotonic();
-    let mut apps = HashMap::new();
+    let mut apps = BTreeMap::new();
     while !agent.stopping() {
         let next = (sampled + agent.config.history.interval).min(ticked + agent.config.plan.tick);
         let now = clock.monotonic();
@@ -205,7 +205,7 @@ fn spread(
 fn heat_rows(
     agent: &Agent,
     entry: &Entry,
-    before: &mut std::collections::BTreeMap<u64, (u32, u32)>,
+    before: &mut BTreeMap<u64, (u32, u32)>,
     now: UnixNanos,
 ) -> Vec<RegionHeatRow> {
     let interval = nanos(agent.config.history.region_interval);
@@ -249,7 +249,7 @@ fn heat_rows(
 }
 
 /// What every control group did since the last time: rows of `app_stats`.
-fn sample_apps(agent: &Agent, before: &mut HashMap<CgroupKey, CgroupStats>) {
+fn sample_apps(agent: &Agent, before: &mut BTreeMap<(u32, u64), CgroupStats>) {
     let counts = match agent.tracker.cgroups() {
         Ok(counts) => counts,
         Err(error) => return tracing::warn!(%error, "no statistics by control group"),
@@ -259,7 +259,8 @@ fn sample_apps(agent: &Agent, before: &mut HashMap<CgroupKey, CgroupStats>) {
     let interval = nanos(agent.config.history.region_interval);
     let ts = agent.clock.now() - interval;
     let mut rows = Vec::new();
-    for (key, now) in &counts {
+    for ((slot, cgroup), now) in &counts {
+        let key = &(*slot, *cgroup);
         // A cgroup that was evicted from the map begins at zero again.
         let old = before
             .get(key)
@@ -269,17 +270,14 @@ fn sample_apps(agent: &Agent, before: &mut HashMap<CgroupKey, CgroupStats>) {
             continue;
         }
         let path = names
-            .get(&key.cgroup)
+            .get(cgroup)
             .cloned()
-            .unwrap_or_else(|| key.cgroup.to_string());
+            .unwrap_or_else(|| cgroup.to_string());
         let app = agent.config.host.app.iter().find(|app| {
             path == app.cgroup
                 || path.starts_with(&format!("{}/", app.cgroup.trim_end_matches('/')))
         });
-        for entry in entries
-            .iter()
-            .filter(|entry| entry.track.slot() == key.slot)
-        {
+        for entry in entries.iter().filter(|entry| entry.track.slot() == *slot) {
             rows.push(AppStatsRow {
                 ts,
                 interval,

@@ -102,7 +102,11 @@ impl Suite<'_> {
         self.map.bump().map_err(|e| self.broken("bump works", e))
     }
 
+    /// A reading after the books had the chance to be balanced.
     fn reading(&self) -> Result<Reading, Broken> {
+        self.map
+            .settle()
+            .map_err(|e| self.broken("settle works", e))?;
         self.map
             .reading()
             .map_err(|e| self.broken("reading works", e))
@@ -366,6 +370,7 @@ mod tests {
         burst: 0.0,
         miss_queue: 0.0,
         miss_complete: 0.0,
+        miss_silently: 0.0,
         fail: 0.0,
     };
 

@@ -4,7 +4,8 @@ use soe_common::Epoch;
 use uuid::Uuid;
 
 use super::world::{BLOCK_SECTORS, COARSE_BLOCKS, CPUS, SIM_BLOCK, SIM_SECTOR, World};
-use crate::seam::{ByteRange, ChangeMap, Misses, Reading, TrackError, Tracking};
+use crate::books::{self, Account, Device, Verdict};
+use crate::seam::{ByteRange, ChangeMap, Reading, Rest, TrackError, Tracking};
 
 /// The change map of one disk of a [`World`].
 #[derive(Debug)]
@@ -78,47 +79,104 @@ impl ChangeMap for SimMap {
         Ok(())
     }
 
-    /// Counters that lost an event have no true base: until a reading at which the device itself is
-    /// idle gives them one, nothing is ever said to be complete. The misses are read last and judged
-    /// by, so that an event lost while the counters are being read counts as well.
-    fn reading(&self) -> Result<Reading, TrackError> {
+    fn settle(&self) -> Result<(), TrackError> {
         let mut state = self.world.state();
         state.progress();
-        let mut completed = 0;
-        let mut queued = 0;
-        for cpu in 0..CPUS {
-            let disk = state.disks.get(self.disk).ok_or_else(|| self.gone())?;
-            completed += disk.completed[cpu];
-            state.progress();
+        // The device's own word, taken twice with a grace period between: here it simply knows.
+        if state.in_flight(self.disk) {
+            return Ok(());
         }
-        for cpu in 0..CPUS {
-            let disk = state.disks.get(self.disk).ok_or_else(|| self.gone())?;
-            queued += disk.queued[cpu];
-            state.progress();
-        }
-        let idle = !state.in_flight(self.disk);
-        let trusting = state.faults.trust_untrue_counters;
         let disk = state.disks.get_mut(self.disk).ok_or_else(|| self.gone())?;
-        let completed = completed.wrapping_add_signed(disk.correction);
-        let misses = disk.misses;
-        let lost = |m: &Misses| (m.queue, m.complete, m.stash);
-        if lost(&misses) == lost(&disk.based_on) {
+        let accounted = disk.accounted.wrapping_add_signed(-disk.device_base);
+        let Some(correction) = books::at_rest(&[disk.account()], 0, Some(accounted)) else {
+            return Ok(());
+        };
+        if let Some(open) = correction.base.first() {
+            disk.base += open;
+        }
+        disk.device_base += correction.device;
+        disk.misses.queue += u64::from(correction.queue_unseen);
+        disk.misses.complete += u64::from(correction.completion_unseen);
+        disk.queue_base = disk.misses.queue;
+        disk.untrue = false;
+        disk.rest = Some(Rest {
+            epoch: Epoch(disk.epoch),
+            misses: disk.misses,
+        });
+        Ok(())
+    }
+
+    fn rest(&self) -> Option<Rest> {
+        let state = self.world.state();
+        state.disks.get(self.disk).and_then(|disk| disk.rest)
+    }
+
+    /// The device's word first, then *completed*, then *queued*, then the misses, with the world going
+    /// on in between.
+    fn reading(&self) -> Result<Reading, TrackError> {
+        let mut state = self.world.state();
+        loop {
+            state.progress();
+            let busy = state.at_device(self.disk);
+            let disk = state.disks.get(self.disk).ok_or_else(|| self.gone())?;
+            let (base, accounted) = (
+                disk.base,
+                disk.accounted.wrapping_add_signed(-disk.device_base),
+            );
+            let mut account = Account {
+                queued: 0,
+                completed: 0u64.wrapping_add_signed(base),
+            };
+            state.progress();
+            for cpu in 0..CPUS {
+                let disk = state.disks.get(self.disk).ok_or_else(|| self.gone())?;
+                account.completed = account.completed.wrapping_add(disk.completed[cpu]);
+                state.progress();
+            }
+            for cpu in 0..CPUS {
+                let disk = state.disks.get(self.disk).ok_or_else(|| self.gone())?;
+                account.queued += disk.queued[cpu];
+                state.progress();
+            }
+            let faults = state.faults;
+            let disk = state.disks.get_mut(self.disk).ok_or_else(|| self.gone())?;
+            let misses = disk.misses;
+            let device = Device {
+                accounted,
+                busy,
+                accounts_last: true,
+            };
+            let trusting = faults.trust_untrue_counters;
+            let verdict = if trusting {
+                books::judge(&[account], 0, 0, None)
+            } else if disk.untrue {
+                Verdict::Moving
+            } else if misses.queue != disk.queue_base {
+                Verdict::Untrue
+            } else {
+                books::judge(&[account], 0, 0, Some(device))
+            };
+            match verdict {
+                Verdict::RestUnseen => {
+                    if disk.base == base {
+                        disk.base += account.open();
+                        disk.misses.complete += u64::from(!faults.forget_unseen);
+                    }
+                    continue;
+                }
+                Verdict::Untrue if !trusting => disk.untrue = true,
+                _ => {}
+            }
             return Ok(Reading {
-                completed,
-                queued,
+                completed: match verdict {
+                    Verdict::Rest => account.queued,
+                    _ if account.open() == 0 => account.queued.wrapping_sub(1),
+                    _ => account.completed,
+                },
+                queued: account.queued,
                 misses,
             });
         }
-        if idle {
-            let sum = |counters: &[u64; CPUS]| counters.iter().sum::<u64>() as i64;
-            disk.correction = sum(&disk.queued) - sum(&disk.completed);
-            disk.based_on = misses;
-        }
-        Ok(Reading {
-            completed,
-            queued: if trusting { queued } else { completed + 1 },
-            misses,
-        })
     }
 
     fn changed_since(&self, since: Epoch) -> Result<Vec<ByteRange>, TrackError> {

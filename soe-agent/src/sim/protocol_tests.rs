@@ -83,6 +83,37 @@ fn every_layer_is_an_instant_although_programs_are_skipped() {
 }
 
 #[test]
+fn every_layer_is_an_instant_although_completions_are_lost_without_a_word() {
+    let lossy = Setup {
+        silent_misses: true,
+        ..Setup::default()
+    };
+    holds("silent misses", &lossy);
+    holds(
+        "all kinds of misses",
+        &Setup {
+            misses: true,
+            failing_writes: true,
+            ..lossy
+        },
+    );
+}
+
+#[test]
+fn a_base_moved_without_counting_a_miss_is_noticed() {
+    noticed(
+        "forget unseen",
+        &Setup {
+            silent_misses: true,
+            ..faulty(Faults {
+                forget_unseen: true,
+                ..Faults::default()
+            })
+        },
+    );
+}
+
+#[test]
 fn marking_only_at_queue_is_noticed() {
     noticed(
         "mark only at queue",

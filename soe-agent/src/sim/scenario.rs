@@ -34,6 +34,8 @@ pub struct Setup {
     pub failing_writes: bool,
     /// Marking programs may be skipped.
     pub misses: bool,
+    /// Completion programs may be skipped without being counted as missed.
+    pub silent_misses: bool,
 }
 
 /// What happened, so that tests can show that the scenarios are not idle.
@@ -101,10 +103,11 @@ pub fn run(seed: u64, setup: &Setup) -> Result<Tally, Violation> {
         let some = rng.random_bool(0.5);
         if on && some { p } else { 0.0 }
     };
-    let (miss_queue, miss_complete, fail) = (
+    let (miss_queue, miss_complete, fail, miss_silently) = (
         chance(setup.misses, 0.01),
         chance(setup.misses, 0.01),
         chance(setup.failing_writes, 0.03),
+        if setup.silent_misses { 0.02 } else { 0.0 },
     );
     let load = Load {
         writers: rng.random_range(1..6),
@@ -114,6 +117,7 @@ pub fn run(seed: u64, setup: &Setup) -> Result<Tally, Violation> {
         burst: rng.random_range(0.002..0.02),
         miss_queue,
         miss_complete,
+        miss_silently,
         fail,
     };
     let world = World::new(seed, disks, blocks, load, setup.faults);

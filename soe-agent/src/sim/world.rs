@@ -7,7 +7,8 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use uuid::Uuid;
 
-use crate::seam::Misses;
+use crate::books::Account;
+use crate::seam::{Misses, Rest};
 
 /// Bytes of a simulated sector: one number, the id of the write that landed there last.
 pub const SIM_SECTOR: u64 = 8;
@@ -29,6 +30,8 @@ pub struct Faults {
     pub trust_untrue_counters: bool,
     /// The completion program counts before it stamps.
     pub count_before_stamp: bool,
+    /// The base is moved over completions nobody saw without a miss being counted.
+    pub forget_unseen: bool,
 }
 
 /// What the writers do, as probabilities.
@@ -48,6 +51,8 @@ pub struct Load {
     pub miss_queue: f64,
     /// That a completion program is skipped.
     pub miss_complete: f64,
+    /// That one is skipped without being counted as missed.
+    pub miss_silently: f64,
     /// That a write fails and is executed later, or never.
     pub fail: f64,
 }
@@ -95,14 +100,34 @@ pub(super) struct Disk {
     pub(super) epoch: u32,
     pub(super) queued: [u64; CPUS],
     pub(super) completed: [u64; CPUS],
-    /// Added to the sum of `completed` since the counters were given a true base.
-    pub(super) correction: i64,
+    /// Sectors the device accounted as done.
+    pub(super) accounted: u64,
+    /// Added to the sum of `completed`, and taken from `accounted`: the counters' base.
+    pub(super) base: i64,
+    pub(super) device_base: i64,
+    /// Misses of the queue side when the books were last balanced.
+    pub(super) queue_base: u64,
+    /// The counters lack queue events.
+    pub(super) untrue: bool,
+    pub(super) rest: Option<Rest>,
     pub(super) misses: Misses,
-    /// The misses at the time of the base.
-    pub(super) based_on: Misses,
     pub(super) generation: Uuid,
     /// Whether a filesystem is on it.
     pub(super) has_fs: bool,
+}
+
+impl Disk {
+    /// What the counters say when nobody moves.
+    pub(super) fn account(&self) -> Account {
+        Account {
+            queued: self.queued.iter().sum(),
+            completed: self
+                .completed
+                .iter()
+                .sum::<u64>()
+                .wrapping_add_signed(self.base),
+        }
+    }
 }
 
 /// A sector that landed.
@@ -164,9 +189,13 @@ impl World {
                 epoch: 1,
                 queued: [0; CPUS],
                 completed: [0; CPUS],
-                correction: 0,
+                accounted: 0,
+                base: 0,
+                device_base: 0,
+                queue_base: 0,
+                untrue: false,
+                rest: None,
                 misses: Misses::default(),
-                based_on: Misses::default(),
                 generation: Uuid::from_u128(rng.random()),
                 has_fs: load.raw_writers == 0 || number == 0 || rng.random_bool(0.7),
             })
@@ -395,6 +424,7 @@ impl State {
                 if write.fails {
                     disk.misses.failed_writes += 1;
                 }
+                disk.accounted += write.len as u64;
                 Stage::Told
             }
             Stage::Told => Stage::Told,
@@ -433,9 +463,11 @@ impl State {
             }
         }
         write.cpu = self.rng.random_range(0..CPUS);
-        write.stage = if self.rng.random_bool(self.load.miss_complete) {
+        let silently = self.rng.random_bool(self.load.miss_silently);
+        write.stage = if silently || self.rng.random_bool(self.load.miss_complete) {
             if let Some(disk) = self.disks.get_mut(write.disk) {
-                disk.misses.complete += 1;
+                disk.misses.complete += u64::from(!silently);
+                disk.accounted += write.len as u64;
             }
             Stage::Told
         } else {
@@ -477,6 +509,18 @@ impl State {
         self.writes
             .iter()
             .any(|w| w.disk == disk && w.stage != Stage::Submitted)
+    }
+
+    /// Whether the device says that a write of `disk` is on its way: it knows of it from its dispatch
+    /// on, later than the queue program.
+    pub(super) fn at_device(&self, disk: usize) -> bool {
+        let there = |stage| {
+            !matches!(
+                stage,
+                Stage::Submitted | Stage::QueueLoad | Stage::QueueStamp(_)
+            )
+        };
+        self.writes.iter().any(|w| w.disk == disk && there(w.stage))
     }
 
     /// Runs until the marking programs that run now on `disk` are done.
@@ -535,6 +579,7 @@ impl State {
         let id = Uuid::from_u128(self.rng.random());
         if let Some(disk) = self.disks.get_mut(disk) {
             disk.generation = id;
+            disk.rest = None;
         }
     }
 }

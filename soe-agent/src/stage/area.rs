@@ -372,6 +372,7 @@ impl StageArea {
         clock: &dyn Clock,
     ) -> Result<(Epoch, Misses), StageError> {
         for _ in 0..DRAIN_TRIES {
+            map.settle()?;
             let epoch = map.bump()?;
             map.grace()?;
             let reading = map.reading()?;
@@ -499,10 +500,12 @@ impl StageArea {
             && !self.marks_missed(&misses, &map.reading()?.misses))
     }
 
-    /// A skipped run may have hidden a write; failed writes are marked like any other.
+    /// Whether a write since the drain may have neither of its marks. One of them is enough: nothing
+    /// was in flight at the drain, so a mark at the queue as well as one at the completion, made before
+    /// the writer is told, carries its epoch or a later one. Failed writes are marked like any other.
     fn marks_missed(&self, before: &Misses, now: &Misses) -> bool {
-        (before.queue, before.complete, before.stash) != (now.queue, now.complete, now.stash)
-            && !self.mutated(Mutation::IgnoreMisses)
+        let both = before.queue != now.queue && before.complete != now.complete;
+        (both || before.stash != now.stash) && !self.mutated(Mutation::IgnoreMisses)
     }
 
     /// Staged blocks that were written since they were copied.

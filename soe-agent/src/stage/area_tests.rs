@@ -111,17 +111,23 @@ fn course(seed: u64, miss: f64, mutation: Mutation) -> (u64, u64) {
     let bench = Bench::new(seed, miss, mutation);
     let (mut right, mut wrong) = (0, 0);
     let mut add = |(r, w): (u64, u64)| (right, wrong) = (right + r, wrong + w);
+    // A write whose mark at the queue was skipped is known from its completion on, not before.
+    let at_once = miss == 0.0;
     for round in 0..6 {
         bench.world.run(40);
         // Busy and missed are answers, too.
         let _ = bench.stage(&bench.whole(), 1 << 20);
-        add(bench.compare());
+        if at_once {
+            add(bench.compare());
+        }
         if round == 3 && seed.is_multiple_of(4) {
             bench.world.new_generation(0);
         }
     }
     bench.world.run((seed % 7) as usize * 30);
-    add(bench.compare());
+    if at_once {
+        add(bench.compare());
+    }
     bench.settle();
     add(bench.compare());
     (right, wrong)

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use soe_agent::observe::disk::SliceMap;
-use soe_agent::seam::{ByteRange, ChangeMap, Reading, TrackError, Tracking};
+use soe_agent::seam::{ByteRange, ChangeMap, Reading, Rest, TrackError, Tracking};
 use soe_common::Epoch;
 
 use super::history::{History, SECTOR};
@@ -149,6 +149,12 @@ impl ChangeMap for Witness {
             std::thread::sleep(Duration::from_millis(2));
         }
         Ok(epoch)
+    }
+    fn settle(&self) -> Result<(), TrackError> {
+        self.map.settle()
+    }
+    fn rest(&self) -> Option<Rest> {
+        self.map.rest()
     }
     fn grace(&self) -> Result<(), TrackError> {
         self.map.grace()

@@ -177,7 +177,10 @@ impl Rig {
     fn settle(&self) {
         let deadline = Instant::now() + Duration::from_secs(20);
         for map in &self.maps {
-            while !map.inner().reading().expect("reading").nothing_in_flight() {
+            while {
+                map.settle().expect("settled");
+                !map.inner().reading().expect("reading").nothing_in_flight()
+            } {
                 assert!(
                     Instant::now() < deadline,
                     "{} never came to rest",
