@@ -13,6 +13,7 @@ fn load(miss: f64) -> Load {
         burst: 0.02,
         miss_queue: miss,
         miss_complete: miss,
+        miss_silently: 0.0,
         fail: 0.0,
     }
 }
@@ -64,8 +65,12 @@ impl Bench {
     /// Lets every write complete.
     fn settle(&self) {
         self.world.set_load(idle());
-        while !self.map.reading().unwrap().nothing_in_flight() {
+        for _ in 0..200 {
             self.world.run(50);
+            self.map.settle().unwrap();
+            if self.map.reading().unwrap().nothing_in_flight() {
+                break;
+            }
         }
         self.world.run(2_000);
     }
