@@ -31,7 +31,11 @@ pub(super) fn measure(agent: &Agent, ground: &Ground, dir: &Path) -> Result<Valu
         "probe's longest write",
     ]);
     let mut figures = json!({});
-    for (name, ranges) in [("whole", vec![(0, ground.bytes)]), ("changed", ranges)] {
+    for (name, ranges) in [
+        ("nothing", Vec::new()),
+        ("whole", vec![(0, ground.bytes)]),
+        ("changed", ranges),
+    ] {
         let probe = load::probe(ground.mount()?)?;
         let mut pauses = Vec::new();
         for _ in 0..ROUNDS {
@@ -43,6 +47,7 @@ pub(super) fn measure(agent: &Agent, ground: &Ground, dir: &Path) -> Result<Valu
         let pauses = Durations::new(pauses);
         let bytes: u64 = ranges.iter().map(|(_, len)| len).sum();
         let what = match name {
+            "nothing" => "fsfreeze, thaw".to_owned(),
             "whole" => "fsfreeze, copy of the device, thaw".to_owned(),
             _ => format!(
                 "the same, of the {} pieces a differential held",
@@ -73,7 +78,10 @@ fn frozen_copy(ground: &Ground, ranges: &[(u64, u64)], to: &Path) -> Result<Dura
     let mut device = ground.open(true)?;
     let began = Instant::now();
     ground.fsfreeze("-f")?;
-    let copied = copy(&mut device, ranges, to);
+    let copied = match ranges {
+        [] => Ok(0),
+        ranges => copy(&mut device, ranges, to),
+    };
     let thawed = ground.fsfreeze("-u");
     let pause = began.elapsed();
     copied?;
@@ -84,14 +92,20 @@ fn frozen_copy(ground: &Ground, ranges: &[(u64, u64)], to: &Path) -> Result<Dura
 /// The ranges of one more differential, a second after the one before.
 fn changed(agent: &Agent, ground: &Ground) -> Result<Vec<(u64, u64)>> {
     let mut layers = Vec::new();
-    while layers.len() < 2 {
+    let mut reason = String::new();
+    for _ in 0..10 {
+        if layers.len() == 2 {
+            break;
+        }
         stop::check()?;
         std::thread::sleep(Duration::from_secs(1));
-        // A failure is counted by the series before; here a layer is needed.
-        layers.extend(capture(agent, "differential")?.ok());
+        match capture(agent, "differential")? {
+            Ok(layer) => layers.push(layer),
+            Err(why) => reason = why,
+        }
     }
     let [from, to] = layers.as_slice() else {
-        anyhow::bail!("two layers were wanted");
+        anyhow::bail!("two layers were wanted, and there are none after ten captures: {reason}");
     };
     let arguments = [
         "layer",

@@ -59,10 +59,8 @@ pub(super) struct Series {
     pub(super) tries: Vec<u64>,
     /// Windows in which the device stood still.
     pub(super) windows: Vec<Duration>,
-    /// Pauses that led to no cut, sums of each capture.
-    pub(super) wasted: Vec<Duration>,
-    /// Pauses above the budget.
-    pub(super) missed_budgets: u64,
+    /// Every time writers were held, also where it led to no layer, by the agent's log.
+    pub(super) held: Vec<Duration>,
     /// From the call to the answer.
     pub(super) took: Vec<Duration>,
 }
@@ -95,17 +93,21 @@ impl Series {
         file.seek(SeekFrom::Start(from))
             .and_then(|_| file.read_to_string(&mut text))
             .context("the agent's log")?;
-        for line in text.lines().filter(|line| line.contains(" INFO captured ")) {
+        for line in text.lines() {
             let number = |key: &str| {
                 line.split_whitespace()
                     .find_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok())
                     .unwrap_or(0u64)
             };
+            if line.contains(" INFO writers were held ") {
+                self.held.push(Duration::from_micros(number("pause_us")));
+            }
+            if !line.contains(" INFO captured ") {
+                continue;
+            }
             self.tries.push(number("tries"));
             self.windows
                 .push(Duration::from_micros(number("window_us")));
-            self.wasted.push(Duration::from_micros(number("wasted_us")));
-            self.missed_budgets += number("budget_missed");
         }
         Ok(())
     }
@@ -116,10 +118,9 @@ impl Series {
         self.layers.iter().filter(free).count()
     }
 
-    /// Pauses of the captures that held writers.
+    /// How long writers were held, each time.
     pub(super) fn pauses(&self) -> Durations {
-        let held = self.layers.iter().filter(|l| l.method != "optimistic");
-        Durations::new(held.map(|layer| layer.pause).collect())
+        Durations::new(self.held.clone())
     }
 
     /// Each reason for a failure and how often it was given, most frequent first.
@@ -156,11 +157,7 @@ impl Series {
             "pauses": self.pauses().json(),
             "pauses_above_budget": self.pauses().above(super::BUDGET),
             "windows": Durations::new(self.windows.clone()).json(),
-            "wasted_pauses": Durations::new(
-                self.wasted.iter().copied().filter(|w| !w.is_zero()).collect()
-            ).json(),
             "tries": self.tries,
-            "missed_budgets": self.missed_budgets,
             "took": Durations::new(self.took.clone()).json(),
             "failed": self.failed,
         })
