@@ -477,6 +477,12 @@ impl Agent {
         Ok(state.save(&self.config.state_dir().join("state.json"))?)
     }
 
+    /// The volumes there are now. Never loop over the lock itself: it would be held through the loop,
+    /// whose body may ask for a volume, and the heartbeat would wait for itself for ever.
+    pub(super) fn entries_now(&self) -> Vec<Arc<Entry>> {
+        lock(&self.entries).values().cloned().collect()
+    }
+
     pub(super) fn entry(&self, name: &str) -> Option<Arc<Entry>> {
         lock(&self.entries).get(name).cloned()
     }

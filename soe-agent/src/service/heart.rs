@@ -50,7 +50,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
             if heat {
                 heat_at = now;
             }
-            for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
+            for entry in agent.entries_now() {
                 sample(agent, &entry, heat);
             }
             if heat {
@@ -77,7 +77,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
         lock(&agent.jobs).retain(|job| !job.is_finished());
     }
     // The windows that the stop cut short.
-    for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
+    for entry in agent.entries_now() {
         sample(agent, &entry, true);
     }
     sample_apps(agent, &mut apps);
