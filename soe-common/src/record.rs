@@ -146,8 +146,11 @@ pub struct DiskControl {
     pub rest_epoch: u64,
     /// The misses (as in `found`) at that rest.
     pub rest_misses: [u64; 4],
+    /// Digest of the device-mapper tables behind the disk when the slot was filled; 0 where there
+    /// are none.
+    pub mapping: u64,
 }
-const _: () = assert!(size_of::<DiskControl>() == 88 + 24 * MAX_SLICES + 104);
+const _: () = assert!(size_of::<DiskControl>() == 88 + 24 * MAX_SLICES + 112);
 
 /// Sectors of write-like IO of one slice.
 #[repr(C)]
@@ -170,7 +173,8 @@ pub struct DiskCounters {
     /// Bios whose range could not be remembered.
     pub stash_failures: u64,
     /// Sectors of bios that were turned away before they became requests; the device's own
-    /// statistics never saw them.
+    /// statistics never saw them. On bio-based disks, of bios that ended with an error, which the
+    /// statistics may or may not have seen.
     pub rejected: u64,
 }
 const _: () = assert!(size_of::<DiskCounters>() == 16 * MAX_SLICES + 24);

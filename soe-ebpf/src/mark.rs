@@ -15,8 +15,8 @@ use aya_ebpf::{
 };
 use soe_common::record::{
     CHUNK_BLOCKS, CHUNKS_PER_PAGE, ChunkStamp, DISK_BIO_BASED, DISK_NVME, DISK_SCSI, DiskControl,
-    DiskCounters, MAX_SLICES, SLOT_ENTRIES, SLOT_PATH, SLOT_PROBES, StampPage, StashedBio, TAINT_DISCARD, TAINT_PASSTHROUGH,
-    TAINT_RANGE, TAINT_STASH, op,
+    DiskCounters, MAX_SLICES, SLOT_ENTRIES, SLOT_PATH, SLOT_PROBES, StampPage, StashedBio,
+    TAINT_DISCARD, TAINT_PASSTHROUGH, TAINT_RANGE, TAINT_STASH, op,
 };
 
 use crate::kernel::{Bio, Request, bio_offsets, scsi_cmnd_offset};
@@ -44,11 +44,12 @@ pub fn slot_of(diskseq: u64) -> Option<(u32, bool)> {
                 read_volatile(&raw const (*entry).slot) as u32,
             )
         };
-        if found == diskseq {
-            return Some((slot & !SLOT_PATH, slot & SLOT_PATH != 0));
-        }
+        // A free entry first: requests of a queue without a disk (NVMe's admin queue) bring 0 as well.
         if found == 0 {
             return None;
+        }
+        if found == diskseq {
+            return Some((slot & !SLOT_PATH, slot & SLOT_PATH != 0));
         }
     }
     None
@@ -459,20 +460,25 @@ fn mark_bio_done(ctx: BtfTracePointContext) -> i32 {
     if !op::is_write(bio.op()) {
         return 0;
     }
-    let Some((slot, false)) = slot_of(bio.diskseq()) else {
-        return 0;
-    };
-    let Some(disk) = Disk::of(slot) else {
+    let Some((slot, is_path)) = slot_of(bio.diskseq()) else {
         return 0;
     };
     let status = bio.status();
-    let (sector, sectors, failed);
-    if disk.flags() & DISK_BIO_BASED == 0 {
+    // A path tells of the first bio of each request that it completes, before the request does. Only
+    // what it turned away was never in a request.
+    if is_path && status != STATUS_AGAIN {
+        return 0;
+    }
+    let Some(disk) = Disk::of(slot) else {
+        return 0;
+    };
+    // Turned away is not failed: nobody will carry it out later.
+    let failed = status != 0 && status != STATUS_AGAIN;
+    let bio_based = disk.flags() & DISK_BIO_BASED != 0;
+    let (sector, sectors);
+    if !bio_based {
         sector = bio.sector();
         sectors = (bio.bytes() >> 9) as u64;
-        failed = status != 0 && status != STATUS_AGAIN;
-        // SAFETY: points into a map value.
-        fetch_add(unsafe { &raw mut (*disk.counters).rejected }, sectors);
     } else {
         // The bio's own range may have moved by now: it is as it was queued. The front of a split
         // bio has no entry; its sectors are those of the bio it was split from, which ends last.
@@ -484,7 +490,10 @@ fn mark_bio_done(ctx: BtfTracePointContext) -> i32 {
         let _ = STASH.remove(key);
         sector = stashed.sector;
         sectors = stashed.sectors as u64;
-        failed = status != 0;
+    }
+    if !bio_based || status != 0 {
+        // SAFETY: points into a map value.
+        fetch_add(unsafe { &raw mut (*disk.counters).rejected }, sectors);
     }
     if sectors != 0 {
         completed(disk, sector, sectors, failed);

@@ -89,8 +89,15 @@ impl Mounted {
         let node = device.to_str().ok_or(io::ErrorKind::InvalidInput)?;
         let force = if fs == "ext4" { "-Fq" } else { "-fq" };
         run(&format!("mkfs.{fs}"), &[force, node])?;
+        Self::of(device, &[])
+    }
+
+    /// Mounts the filesystem on `device` with `options` of mount(8).
+    pub fn of(device: &Path, options: &[&str]) -> io::Result<Self> {
+        let node = device.to_str().ok_or(io::ErrorKind::InvalidInput)?;
         let point = tempfile::Builder::new().prefix("soe-mnt-").tempdir()?;
-        run("mount", &[node, &point.path().display().to_string()])?;
+        let place = point.path().display().to_string();
+        run("mount", &[options, &[node, &place]].concat())?;
         Ok(Self { point })
     }
 
@@ -107,10 +114,14 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let point = self.point.path().display().to_string();
+        let point = self.point.path().to_path_buf();
+        let name = point.display().to_string();
         // Who held it may be about to end; a mount that is left keeps its device for good.
         for _ in 0..50 {
-            if run("mountpoint", &["-q", &point]).is_err() || run("umount", &[&point]).is_ok() {
+            let mounted = soe_agent::observe::volumes::mounts()
+                .iter()
+                .any(|mount| mount.point == point);
+            if !mounted || run("umount", &[&name]).is_ok() {
                 return;
             }
             std::thread::sleep(std::time::Duration::from_millis(100));

@@ -3,5 +3,9 @@
 
 pub mod agent;
 pub mod device;
+pub mod guest;
+pub mod kernel;
+pub mod passthrough;
 pub mod torture;
+pub mod uring;
 pub mod venv;

@@ -45,7 +45,9 @@ fn no_event_is_lost_under_load() {
             SliceMap::new(track, disk.node(), volume.start, volume.end).unwrap()
         })
         .collect();
-    maps.iter().for_each(|map| drop(balanced(map)));
+    for map in &maps {
+        balanced(map);
+    }
     let before: Vec<u64> = maps
         .iter()
         .map(|map| map.reading().unwrap().queued)

@@ -163,6 +163,7 @@ fn every_layer_of_a_group_is_the_devices_at_one_instant() {
                 fail_after: (rng.random_range(0..10) == 0).then(|| rng.random_range(0..200)),
                 cancel_after: (rng.random_range(0..10) == 0).then(|| rng.random_range(0..60)),
                 guard: None,
+                settled_failures: 0,
             };
             assert_eq!(rig.audit(), [""; 0]);
             match rig.capture(&ask) {
@@ -329,6 +330,7 @@ fn frozen_filesystems_are_captured_at_one_instant() {
                 fail_after: (rng.random_range(0..12) == 0).then(|| rng.random_range(0..200)),
                 cancel_after: None,
                 guard: Some(&guard),
+                settled_failures: 0,
             };
             match rig.capture(&ask) {
                 Ok(layer) => {

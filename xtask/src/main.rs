@@ -13,6 +13,7 @@ mod setup;
 mod test;
 mod tidy;
 mod toolchain;
+mod verifier;
 mod vm;
 
 #[derive(Parser)]

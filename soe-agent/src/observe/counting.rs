@@ -1,11 +1,9 @@
 //! The write counters of a tracked disk: their readings, and how they come to a true base. What a
 //! reading amounts to is judged by [`crate::books`].
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use soe_common::Epoch;
@@ -14,7 +12,7 @@ use soe_common::record::{DiskControl, DiskCounters, MAX_SLICES, TAINT_BOOKS};
 use super::disk::{DiskTrack, atomic32, atomic64, word};
 use super::syscalls;
 use super::tracker::grace;
-use super::volumes::{self, Disk};
+use super::volumes::{Disk, Statistics};
 use crate::books::{self, Account, Device, Verdict};
 use crate::seam::{Misses, Reading, Rest};
 
@@ -24,41 +22,103 @@ const HELD_AT_MOST: Duration = Duration::from_secs(60);
 /// Between the two looks that find a disk at rest, besides the grace period.
 const REST: Duration = Duration::from_millis(2);
 
-/// The device's own statistics, kept open.
+/// The device's own statistics, kept open, and what else a base depends on.
 pub(super) struct Witness {
-    stat: Option<File>,
-    in_flight: Option<File>,
+    /// Of a multipath head, those of each of its paths; not there before the device counts.
+    statistics: OnceLock<Vec<Statistics>>,
+    /// What the newest base was taken with: see [`Look::doubt`].
+    trusted: Mutex<Option<(usize, u64)>>,
     /// Since when the device has been idle beside open counters, and those counters.
     waiting: Mutex<Option<(Instant, DiskCounters)>>,
+}
+
+/// What the device says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Look {
+    /// Sectors written and discarded.
+    accounted: u64,
+    /// Whether writes are in flight.
+    busy: bool,
+    /// Devices that were asked and still answer.
+    answers: usize,
+}
+
+impl Look {
+    /// What has to be as it was when the base was taken. A path that went took its statistics along,
+    /// and what a bio-based driver accounts of a bio that fails, nobody can tell: afterwards the
+    /// device's word is of use again only with a new base.
+    fn doubt(&self, disk: &Disk, counters: &DiskCounters) -> (usize, u64) {
+        let failed = if disk.is_bio_based() {
+            counters.rejected
+        } else {
+            0
+        };
+        (self.answers, failed)
+    }
 }
 
 impl Witness {
     /// The statistics of `disk`; without them where it keeps none.
     pub(super) fn of(disk: &Disk) -> Self {
-        let open = |name| File::open(disk.sysfs(name)).ok();
-        let keeps = disk.keeps_statistics();
-        Self {
-            stat: open("stat").filter(|_| keeps),
-            in_flight: open("inflight").filter(|_| keeps),
+        let witness = Self {
+            statistics: OnceLock::new(),
+            trusted: Mutex::new(None),
             waiting: Mutex::new(None),
+        };
+        // Whoever needs them is told what is wrong.
+        let _ = witness.find(disk);
+        witness
+    }
+
+    /// Makes sure that the device counts. Paths may go later on, while one is left.
+    fn find(&self, disk: &Disk) -> io::Result<()> {
+        if self.statistics.get().is_none() || disk.hidden_paths.is_empty() {
+            let statistics = disk.statistics()?;
+            self.statistics.get_or_init(|| statistics);
         }
+        Ok(())
     }
 
-    fn text(file: &File, buffer: &mut [u8; 512]) -> io::Result<String> {
-        let len = file.read_at(buffer, 0)?;
-        Ok(String::from_utf8_lossy(buffer.get(..len).unwrap_or_default()).into_owned())
-    }
-
-    /// Sectors accounted, and whether writes are in flight; `None` without statistics.
-    fn look(&self) -> io::Result<Option<(u64, bool)>> {
-        let (Some(stat), Some(in_flight)) = (&self.stat, &self.in_flight) else {
+    /// What the device says now; `None` without statistics.
+    fn look(&self) -> io::Result<Option<Look>> {
+        let Some(statistics) = self.statistics.get() else {
             return Ok(None);
         };
-        let mut buffer = [0; 512];
-        let accounted = volumes::sectors_changed(&Self::text(stat, &mut buffer)?);
-        let writes = Self::text(in_flight, &mut buffer)?;
-        let busy = writes.split_whitespace().nth(1) != Some("0");
-        Ok(Some((accounted, busy)))
+        let mut look = Look {
+            accounted: 0,
+            busy: false,
+            answers: 0,
+        };
+        for statistics in statistics {
+            let told = statistics
+                .sectors_changed()
+                .and_then(|sectors| Ok((sectors, statistics.writes_in_flight()?)));
+            match told {
+                Ok((sectors, writes)) => {
+                    look.accounted = look.accounted.wrapping_add(sectors);
+                    look.busy |= writes != 0;
+                    look.answers += 1;
+                }
+                // The disk is gone, which may be one path of several.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if look.answers == 0 {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        Ok(Some(look))
+    }
+
+    /// Whether the device's word can be held against the base. The first question after an adoption
+    /// takes the base for good.
+    fn trusts(&self, doubt: (usize, u64)) -> bool {
+        let mut trusted = self.trusted.lock().unwrap_or_else(PoisonError::into_inner);
+        *trusted.get_or_insert(doubt) == doubt
+    }
+
+    fn trust(&self, doubt: (usize, u64)) {
+        *self.trusted.lock().unwrap_or_else(PoisonError::into_inner) = Some(doubt);
     }
 }
 
@@ -172,7 +232,7 @@ impl DiskTrack {
         accounts: &[Account],
         counters: &DiskCounters,
         misses: &Misses,
-        device: Option<(u64, bool)>,
+        look: Option<Look>,
     ) -> Verdict {
         let based = control.based & 1 != 0 && control.based & (1 << slice) != 0;
         if !based || control.untrue != 0 {
@@ -182,9 +242,12 @@ impl DiskTrack {
         if misses.queue != control.queue_base {
             return Verdict::Untrue;
         }
-        let device = device.map(|(accounted, busy)| Device {
-            accounted: accounted.wrapping_sub(control.stat_base as u64),
-            busy,
+        if look.is_some_and(|look| !self.witness.trusts(look.doubt(&self.disk, counters))) {
+            return Verdict::Untrue;
+        }
+        let device = look.map(|look| Device {
+            accounted: look.accounted.wrapping_sub(control.stat_base as u64),
+            busy: look.busy,
             accounts_last: !self.disk.is_bio_based(),
         });
         books::judge(accounts, slice, counters.rejected, device)
@@ -225,18 +288,17 @@ impl DiskTrack {
             self.remember_rest(Epoch(control.epoch), &whole.misses);
             return Ok(true);
         }
-        if !self.disk.keeps_statistics() && !self.disk.is_bio_based() {
-            return Err(io::Error::other(format!(
-                "{} keeps no statistics, so nothing can be proven of it; write 1 to {}",
-                self.disk.name,
-                self.disk.sysfs("queue/iostats").display()
-            )));
+        if self.disk.suspended() {
+            self.forget_waiting();
+            return Ok(false);
         }
+        self.witness.find(&self.disk)?;
         let at_rest = || -> io::Result<_> {
-            if self.disk.suspended() || self.disk.in_flight()? != 0 {
+            let look = self.witness.look()?.filter(|look| !look.busy);
+            let Some(look) = look.filter(|_| !self.disk.suspended()) else {
                 return Ok(None);
-            }
-            Ok(Some((self.counters()?, self.disk.sectors_changed()?)))
+            };
+            Ok(Some((look, self.counters()?)))
         };
         let Some(before) = at_rest()? else {
             self.forget_waiting();
@@ -248,11 +310,11 @@ impl DiskTrack {
             self.forget_waiting();
             return Ok(false);
         }
-        let ((counters, misses), stat) = before;
-        Ok(self.balance(Epoch(control.epoch), &counters, &misses, stat))
+        let (look, (counters, misses)) = before;
+        Ok(self.balance(Epoch(control.epoch), &counters, &misses, look))
     }
 
-    fn balance(&self, epoch: Epoch, counters: &DiskCounters, misses: &Misses, stat: u64) -> bool {
+    fn balance(&self, epoch: Epoch, counters: &DiskCounters, misses: &Misses, look: Look) -> bool {
         let _one_at_a_time = self.maps.one_at_a_time();
         let mut control = self.maps.control_copy(self.slot);
         let slices = Self::slice_count(&control);
@@ -266,8 +328,8 @@ impl DiskTrack {
                     account.completed = account.queued;
                 }
             }
-            let keeps = self.disk.keeps_statistics();
-            let accounted = keeps.then(|| stat.wrapping_sub(control.stat_base as u64));
+            let trusted = self.witness.trusts(look.doubt(&self.disk, counters));
+            let accounted = trusted.then(|| look.accounted.wrapping_sub(control.stat_base as u64));
             let Some(correction) = books::at_rest(&accounts, counters.rejected, accounted) else {
                 self.wait_for_held(counters);
                 return false;
@@ -282,7 +344,11 @@ impl DiskTrack {
         }
         let counted = counters.slice[0].queued.wrapping_sub(counters.rejected);
         put(word!(self, base), control.base);
-        put(word!(self, stat_base), stat.wrapping_sub(counted) as i64);
+        put(
+            word!(self, stat_base),
+            look.accounted.wrapping_sub(counted) as i64,
+        );
+        self.witness.trust(look.doubt(&self.disk, counters));
         put(word!(self, queue_base), misses.queue + unseen.queue);
         let misses = Misses {
             queue: misses.queue + unseen.queue,
@@ -356,14 +422,17 @@ impl DiskTrack {
             return Ok(None);
         }
         let before = self.reading(0)?;
-        let device = self.disk.sectors_changed()?;
+        let look = self.witness.look()?;
         let (counters, _) = self.counters()?;
         let after = self.reading(0)?;
+        let Some(look) = look else {
+            return Ok(None);
+        };
         if !before.nothing_in_flight() || after != before {
             return Ok(None);
         }
         let base = self.maps.control_copy(self.slot).stat_base as u64;
         let counted = counters.slice[0].queued.wrapping_sub(counters.rejected);
-        Ok(Some((counted, device.wrapping_sub(base))))
+        Ok(Some((counted, look.accounted.wrapping_sub(base))))
     }
 }

@@ -174,6 +174,7 @@ impl DiskTrack {
             diskseq: disk.diskseq,
             generation: *Uuid::new_v4().as_bytes(),
             sectors: geometry.sectors,
+            mapping: disk.mapping,
             own_tgid: std::process::id(),
             miss_base: maps.misses().map_err(TrackerError::io("skipped runs"))?[0],
             ..DiskControl::default()
@@ -223,6 +224,7 @@ impl DiskTrack {
             (&raw mut (*control).slice).write_volatile(old.slice);
             (&raw mut (*control).taint).write_volatile(old.taint);
             (&raw mut (*control).failed_epoch).write_volatile(old.failed_epoch);
+            (&raw mut (*control).mapping).write_volatile(old.mapping);
         }
     }
 

@@ -98,6 +98,16 @@ impl Maps {
         Ok(())
     }
 
+    /// The disks, paths included, whose bios and requests count for `slot`.
+    pub(super) fn disks_of(&self, slot: u32) -> Vec<u64> {
+        (0..SLOT_PLACES)
+            .map(|place| self.slot_entry(place))
+            .filter(|(_, to)| to.load(Ordering::SeqCst) as u32 & !SLOT_PATH == slot)
+            .map(|(disk, _)| disk.load(Ordering::SeqCst))
+            .filter(|diskseq| !matches!(*diskseq, 0 | WITHDRAWN))
+            .collect()
+    }
+
     /// No program finds `slot` from now on, except those already running.
     pub(super) fn withdraw(&self, slot: u32) {
         for place in 0..SLOT_PLACES {

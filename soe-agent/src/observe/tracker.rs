@@ -79,8 +79,7 @@ pub struct Tracker {
 /// Makes sure that `root` is a folder on a bpffs, mounting one when none is there.
 fn prepare_pin_root(root: &Path) -> Result<(), TrackerError> {
     const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-    let is_bpffs =
-        |path: &Path| rustix::fs::statfs(path).is_ok_and(|s| s.f_type as i64 == BPF_FS_MAGIC);
+    let is_bpffs = |path: &Path| rustix::fs::statfs(path).is_ok_and(|s| s.f_type == BPF_FS_MAGIC);
     let mount = Path::new("/sys/fs/bpf");
     if root.starts_with(mount) && !is_bpffs(mount) {
         rustix::mount::mount(
@@ -371,11 +370,17 @@ impl Tracker {
             if control.diskseq != disk.diskseq {
                 continue;
             }
-            if control.layout == LAYOUT_VERSION && control.sectors == disk.sectors {
+            let paths = self.maps.disks_of(slot);
+            let other = control.mapping != disk.mapping
+                || !disk.hidden_paths.iter().all(|path| paths.contains(path));
+            if control.layout == LAYOUT_VERSION && control.sectors == disk.sectors && !other {
                 let track = DiskTrack::open(self.maps.clone(), slot, disk)?;
                 return Ok((Arc::new(track), None));
             }
-            reason = GenerationEnd::Resize;
+            reason = match control.sectors == disk.sectors {
+                true => GenerationEnd::Remapped,
+                false => GenerationEnd::Resize,
+            };
             self.release(slot)?;
         }
         let taken: Vec<u32> = self.used_slots().iter().map(|(slot, _)| *slot).collect();

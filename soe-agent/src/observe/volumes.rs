@@ -1,14 +1,15 @@
 //! What a name stands for: whole disk, partition, device-mapper node, loop device, by-id link or
 //! mount point, found through sysfs. A volume is tracked by its whole disk, in absolute sectors.
 
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use soe_common::SECTOR_SIZE;
 use soe_common::record::{DISK_BIO_BASED, DISK_NVME, DISK_SCSI, DiskControl};
 
-use super::TrackerError;
+use super::{TrackerError, dm};
 
 /// A whole disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +24,9 @@ pub struct Disk {
     pub flags: u32,
     /// `diskseq` of the hidden path disks of a multipath head.
     pub hidden_paths: Vec<u64>,
+    /// Digest of the device-mapper tables that say which blocks stand behind the disk's sectors, and
+    /// of the disks they lead to; 0 where there are none.
+    pub mapping: u64,
     /// Folder in sysfs.
     sys: PathBuf,
 }
@@ -89,7 +93,8 @@ impl Disk {
             diskseq: number(&sys.join("diskseq"))?,
             sectors: number(&sys.join("size"))?,
             flags,
-            hidden_paths,
+            mapping: mapping(&sys)?,
+            hidden_paths: hidden_paths.into_iter().map(|(seq, _)| seq).collect(),
             sys,
         })
     }
@@ -105,8 +110,23 @@ impl Disk {
                 sectors: control.sectors,
                 flags: control.flags,
                 hidden_paths: Vec::new(),
+                mapping: control.mapping,
                 sys: PathBuf::from("/nonexistent"),
             })
+    }
+
+    /// A disk that exists nowhere.
+    #[cfg(test)]
+    pub(crate) fn for_tests(diskseq: u64, sectors: u64) -> Self {
+        Self {
+            name: "none".into(),
+            diskseq,
+            sectors,
+            flags: 0,
+            hidden_paths: Vec::new(),
+            mapping: 0,
+            sys: PathBuf::from("/nonexistent"),
+        }
     }
 
     /// Whether bios complete without becoming requests.
@@ -119,18 +139,53 @@ impl Disk {
         self.flags & (DISK_NVME | DISK_SCSI) != 0
     }
 
-    /// Whether the node still is the same disk of the same size.
+    /// Whether the node still is the same disk of the same size, with the same blocks behind it and
+    /// no path to them that the programs do not know.
     pub fn is_still_there(&self) -> bool {
         number(&self.sys.join("diskseq")).is_ok_and(|seq| seq == self.diskseq)
             && number(&self.sys.join("size")).is_ok_and(|sectors| sectors == self.sectors)
+            && mapping(&self.sys).is_ok_and(|mapping| mapping == self.mapping)
+            && self
+                .paths()
+                .iter()
+                .all(|(path, _)| self.hidden_paths.contains(path))
     }
 
-    /// Reads and writes in flight by the device's own count.
-    pub fn in_flight(&self) -> io::Result<u64> {
-        Ok(text(&self.sys.join("inflight"))?
-            .split_whitespace()
-            .filter_map(|n| n.parse::<u64>().ok())
-            .sum())
+    /// The paths of a multipath head as they are now, with their folders in sysfs.
+    fn paths(&self) -> Vec<(u64, PathBuf)> {
+        hidden_paths(&self.sys, &self.name)
+    }
+
+    /// Folders in sysfs whose statistics are those of this disk. A multipath head's IO is done, and
+    /// on older kernels only counted, by its paths.
+    fn counting(&self) -> Vec<PathBuf> {
+        if self.hidden_paths.is_empty() {
+            return vec![self.sys.clone()];
+        }
+        self.paths().into_iter().map(|(_, folder)| folder).collect()
+    }
+
+    /// The files by which the device tells what it did and what is in flight. An error tells what to
+    /// do where it does not count.
+    pub(super) fn statistics(&self) -> io::Result<Vec<Statistics>> {
+        if !self.keeps_statistics() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                format!(
+                    "{} does not count its IO, so it cannot be told when no write is in flight; \
+                     if its driver can count, switch that on (echo 1 > {}/queue/iostats)",
+                    self.name,
+                    self.sys.display()
+                ),
+            ));
+        }
+        let open = |folder: &PathBuf| {
+            Ok(Statistics {
+                stat: File::open(folder.join("stat"))?,
+                in_flight: File::open(folder.join("inflight"))?,
+            })
+        };
+        self.counting().iter().map(open).collect()
     }
 
     /// Whether a device-mapper disk is suspended: bios wait there uncounted.
@@ -138,19 +193,51 @@ impl Disk {
         text(&self.sys.join("dm/suspended")).is_ok_and(|s| s == "1")
     }
 
-    /// Whether the device counts its IO.
+    /// Whether the device counts its IO, and all of its paths are still there.
     pub fn keeps_statistics(&self) -> bool {
-        text(&self.sys.join("queue/iostats")).is_ok_and(|s| s == "1")
+        // Some bio-based drivers count whatever the switch says, and some never do: it shows.
+        if self.is_bio_based() {
+            return self.counts_a_read().unwrap_or(false);
+        }
+        let counting = self.counting();
+        counting.len() >= self.hidden_paths.len().max(1)
+            && counting
+                .iter()
+                .all(|folder| text(&folder.join("queue/iostats")).is_ok_and(|s| s == "1"))
     }
 
-    /// Sectors written and discarded by the device's own statistics.
-    pub fn sectors_changed(&self) -> io::Result<u64> {
-        text(&self.sysfs("stat")).map(|stat| sectors_changed(&stat))
-    }
-
-    /// The place of the attribute `name` of this disk in sysfs.
-    pub(super) fn sysfs(&self, name: &str) -> PathBuf {
-        self.sys.join(name)
+    /// Reads one block and tells whether the device counted it.
+    fn counts_a_read(&self) -> io::Result<bool> {
+        const BLOCK: usize = 4096;
+        let reads = || {
+            let stat = text(&self.sys.join("stat"))?;
+            let first = stat.split_whitespace().next().unwrap_or_default();
+            first
+                .parse::<u64>()
+                .map_err(|_| io::ErrorKind::InvalidData.into())
+        };
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(Path::new("/dev").join(&self.name))?;
+        let mut memory = vec![0; 2 * BLOCK];
+        let start = memory.as_ptr().align_offset(BLOCK);
+        let block = memory
+            .get_mut(start..start + BLOCK)
+            .ok_or(io::ErrorKind::OutOfMemory)?;
+        let before: io::Result<u64> = reads();
+        // A suspended node turns it away instead of holding us up.
+        let mut into = [io::IoSliceMut::new(block)];
+        let nowait = rustix::io::ReadWriteFlags::NOWAIT;
+        match rustix::io::preadv2(&file, &mut into, 0, nowait) {
+            Err(rustix::io::Errno::OPNOTSUPP) => {
+                rustix::io::preadv(&file, &mut into, 0)?;
+            }
+            done => {
+                done?;
+            }
+        }
+        Ok(reads()? != before?)
     }
 
     /// Disks and partitions stacked on this one.
@@ -164,16 +251,39 @@ impl Disk {
     }
 }
 
-/// Sectors written and discarded, of the text of a `stat` file (Documentation/block/stat.rst: fields 7
-/// and 14).
-pub(super) fn sectors_changed(stat: &str) -> u64 {
-    let field = |index: usize| {
-        stat.split_whitespace()
-            .nth(index)
-            .and_then(|n| n.parse::<u64>().ok())
-            .unwrap_or(0)
-    };
-    field(6).wrapping_add(field(13))
+/// What a device says of itself, its files kept open.
+#[derive(Debug)]
+pub(super) struct Statistics {
+    stat: File,
+    in_flight: File,
+}
+
+impl Statistics {
+    /// Field `index` of a file, of fields of numbers.
+    fn fields<const N: usize>(file: &File, wanted: [usize; N]) -> io::Result<[u64; N]> {
+        let mut buffer = [0; 512];
+        let len = file.read_at(&mut buffer, 0)?;
+        let text = std::str::from_utf8(buffer.get(..len).unwrap_or_default())
+            .map_err(|_| io::ErrorKind::InvalidData)?;
+        let fields: Vec<&str> = text.split_whitespace().collect();
+        let mut found = [0; N];
+        for (found, index) in found.iter_mut().zip(wanted) {
+            let field = fields.get(index).and_then(|field| field.parse().ok());
+            *found = field.ok_or(io::ErrorKind::InvalidData)?;
+        }
+        Ok(found)
+    }
+
+    /// Sectors written and discarded (Documentation/block/stat.rst: fields 7 and 14).
+    pub(super) fn sectors_changed(&self) -> io::Result<u64> {
+        let [written, discarded] = Self::fields(&self.stat, [6, 13])?;
+        Ok(written.wrapping_add(discarded))
+    }
+
+    /// Writes, discards included, that are in flight.
+    pub(super) fn writes_in_flight(&self) -> io::Result<u64> {
+        Self::fields(&self.in_flight, [1]).map(|[writes]| writes)
+    }
 }
 
 fn names_in(folder: &Path) -> Vec<String> {
@@ -187,8 +297,57 @@ fn names_in(folder: &Path) -> Vec<String> {
     names
 }
 
-/// `nvmeXcYnZ` disks are hidden paths of `nvmeXnZ` when native multipath is on.
-fn hidden_paths(sys: &Path, name: &str) -> Vec<u64> {
+/// A digest of which blocks stand behind the disk in `sys`: its device-mapper table, the tables
+/// below it, and the disks at the bottom. Moving from table to table and back leaves it as it was,
+/// and rightly so: what was written in between was marked.
+fn mapping(sys: &Path) -> io::Result<u64> {
+    if !sys.join("dm").exists() {
+        return Ok(0);
+    }
+    let mut hash = blake3::Hasher::new();
+    add_mapping(sys, &mut hash)?;
+    let digest = hash.finalize();
+    let mut first = [0; 8];
+    first.copy_from_slice(&digest.as_bytes()[..8]);
+    Ok(u64::from_le_bytes(first))
+}
+
+fn add_mapping(sys: &Path, hash: &mut blake3::Hasher) -> io::Result<()> {
+    let dev = text(&sys.join("dev"))?;
+    let numbers = dev
+        .split_once(':')
+        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    let (major, minor) = numbers.ok_or(io::ErrorKind::InvalidData)?;
+    let table = dm::table(major, minor)
+        .map_err(|e| io::Error::new(e.kind(), format!("device-mapper table of {dev}: {e}")))?;
+    for target in &table {
+        hash.update(&target.start.to_le_bytes());
+        hash.update(&target.sectors.to_le_bytes());
+        hash.update(target.kind.as_bytes());
+        if target.maps_by_parameters() {
+            hash.update(&target.parameters);
+        }
+    }
+    if !table.iter().all(dm::Target::maps_members) {
+        return Ok(());
+    }
+    for member in names_in(&sys.join("slaves")) {
+        let member = sys.join("slaves").join(member).canonicalize()?;
+        if member.join("dm").exists() {
+            add_mapping(&member, hash)?;
+        } else {
+            // A partition has none of its own.
+            let of = |folder: &Path| number(&folder.join("diskseq"));
+            let diskseq = of(&member).or_else(|e| member.parent().map_or(Err(e), of))?;
+            hash.update(&diskseq.to_le_bytes());
+        }
+    }
+    Ok(())
+}
+
+/// `nvmeXcYnZ` disks are hidden paths of `nvmeXnZ` when native multipath is on: their `diskseq` and
+/// folders, without doublets.
+fn hidden_paths(sys: &Path, name: &str) -> Vec<(u64, PathBuf)> {
     let Some((subsystem, namespace)) = name
         .strip_prefix("nvme")
         .and_then(|rest| rest.split_once('n'))
@@ -204,7 +363,7 @@ fn hidden_paths(sys: &Path, name: &str) -> Vec<u64> {
             .ok()
             .and_then(|p| p.parent().map(Path::to_path_buf)),
     );
-    let mut found: Vec<u64> = folders
+    let mut found: Vec<(u64, PathBuf)> = folders
         .iter()
         .flat_map(|folder| {
             names_in(folder)
@@ -220,10 +379,13 @@ fn hidden_paths(sys: &Path, name: &str) -> Vec<u64> {
                     ns == namespace && controller.bytes().all(|b| b.is_ascii_digit())
                 })
         })
-        .filter_map(|(folder, path)| number(&folder.join(path).join("diskseq")).ok())
+        .filter_map(|(folder, path)| {
+            let folder = folder.join(path);
+            Some((number(&folder.join("diskseq")).ok()?, folder))
+        })
         .collect();
     found.sort_unstable();
-    found.dedup();
+    found.dedup_by_key(|(diskseq, _)| *diskseq);
     found
 }
 

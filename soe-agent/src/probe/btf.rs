@@ -9,6 +9,8 @@ use soe_common::record::KernelOffsets;
 
 /// Where the running kernel keeps its types.
 pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+/// Where the types of the SCSI layer are, on kernels that have it as a module.
+const SCSI_BTF: &str = "/sys/kernel/btf/scsi_mod";
 
 const MAGIC: u16 = 0xeb9f;
 const KIND_INT: u32 = 1;
@@ -103,9 +105,15 @@ fn u32_at(bytes: &[u8], at: usize) -> Result<u32, BtfError> {
 }
 
 impl Btf {
-    /// The running kernel's types.
+    /// The running kernel's types, those of a loaded SCSI layer included.
     pub fn of_kernel() -> Result<Self, BtfError> {
-        Self::from_file(Path::new(KERNEL_BTF))
+        let mut btf = Self::from_file(Path::new(KERNEL_BTF))?;
+        if btf.size_of("scsi_cmnd").is_none()
+            && let Ok(module) = std::fs::read(SCSI_BTF)
+        {
+            btf.append(&module)?;
+        }
+        Ok(btf)
     }
 
     /// The types in `path`.
@@ -119,6 +127,24 @@ impl Btf {
 
     /// Parses little-endian BTF. Never panics, whatever the bytes.
     pub fn parse(bytes: &[u8]) -> Result<Self, BtfError> {
+        let mut btf = Self {
+            types: vec![Type {
+                name: 0,
+                info: 0,
+                size_or_type: 0,
+                data: 0,
+            }],
+            section: Vec::new(),
+            strings: Vec::new(),
+            by_name: HashMap::new(),
+        };
+        btf.append(bytes)?;
+        Ok(btf)
+    }
+
+    /// Takes in the types of a module. Its type ids and string offsets go on where those of the
+    /// kernel, which it refers to, end: so both are simply laid end to end.
+    fn append(&mut self, bytes: &[u8]) -> Result<(), BtfError> {
         if u16_at(bytes, 0)? != MAGIC {
             return Err(BtfError::Damaged {
                 what: "no BTF magic",
@@ -133,20 +159,12 @@ impl Btf {
                 .get(start..end)
                 .ok_or(BtfError::Damaged { what, at: start })
         };
-        let section_bytes = section(8, "type section out of bounds")?.to_vec();
-        let strings = section(16, "string section out of bounds")?.to_vec();
-        let mut btf = Self {
-            types: vec![Type {
-                name: 0,
-                info: 0,
-                size_or_type: 0,
-                data: 0,
-            }],
-            section: section_bytes,
-            strings,
-            by_name: HashMap::new(),
-        };
-        let mut at = 0;
+        let btf = self;
+        let mut at = btf.section.len();
+        btf.section
+            .extend_from_slice(section(8, "type section out of bounds")?);
+        btf.strings
+            .extend_from_slice(section(16, "string section out of bounds")?);
         while at < btf.section.len() {
             let ty = Type {
                 name: u32_at(&btf.section, at)?,
@@ -177,7 +195,7 @@ impl Btf {
             btf.types.push(ty);
             at += 12 + trailing;
         }
-        Ok(btf)
+        Ok(())
     }
 
     fn string(&self, offset: u32) -> Option<&str> {
@@ -372,6 +390,54 @@ mod tests {
         out.extend_from_slice(&types);
         out.extend_from_slice(&strings);
         out
+    }
+
+    /// BTF of a module over [`sample`]: struct module { struct inner of_kernel; u32 own; }
+    fn module() -> Vec<u8> {
+        let base = {
+            let btf = Btf::parse(&sample()).unwrap();
+            (btf.types.len() as u32, btf.strings.len() as u32, btf)
+        };
+        let (types_before, strings_before, btf) = base;
+        let inner = btf.by_name["inner"][0];
+        let strings = b"module\0of_kernel\0own\0";
+        let at = |offset: u32| strings_before + offset;
+        let words = [
+            // A typedef first, so that an id of the module itself is referred to.
+            vec![0, KIND_TYPEDEF << 24, 1],
+            vec![
+                at(0),
+                KIND_STRUCT << 24 | 2,
+                16,
+                at(7),
+                inner,
+                64,
+                at(17),
+                types_before,
+                32,
+            ],
+        ]
+        .concat();
+        let types: Vec<u8> = words.iter().flat_map(|w: &u32| w.to_le_bytes()).collect();
+        let mut out = Vec::new();
+        out.extend_from_slice(&MAGIC.to_le_bytes());
+        out.extend_from_slice(&[1, 0]);
+        let len = types.len() as u32;
+        for word in [24, 0, len, len, strings.len() as u32] {
+            out.extend_from_slice(&word.to_le_bytes());
+        }
+        out.extend_from_slice(&types);
+        out.extend_from_slice(strings);
+        out
+    }
+
+    #[test]
+    fn a_module_goes_on_where_the_kernel_ends() {
+        let mut btf = Btf::parse(&sample()).unwrap();
+        btf.append(&module()).unwrap();
+        assert_eq!(btf.offset_of("module", "own"), Some(4));
+        assert_eq!(btf.offset_of("module", "of_kernel.deep"), Some(12));
+        assert_eq!(btf.offset_of("outer", "b"), Some(4));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::agent::{Agent, Entry, lock};
+use super::hotplug::{Found, look};
 use super::report::{layer_info, layer_row};
 use super::sampler::{WindowOf, window};
 use super::sink::{StoreSink, VolumeFacts, base_of};
@@ -166,13 +167,13 @@ impl Agent {
             .store
             .free_space()
             .map_err(|e| Failed::new(ErrorKind::Internal, &e))?;
-        if free < self.config.store.min_free {
+        if free < self.config().store.min_free {
             return Err(Failed {
                 kind: ErrorKind::Exhausted,
                 message: format!(
                     "capture of {group}: only {free} bytes are free in {}, {} are to stay free; make room or lower store.min_free",
                     self.store.describe(),
-                    self.config.store.min_free
+                    self.config().store.min_free
                 ),
             });
         }
@@ -252,7 +253,7 @@ impl Agent {
                 } else {
                     Duration::from_secs(2)
                 },
-                memory_limit: self.config.limits.memory / 4,
+                memory_limit: self.config().limits.memory / 4,
                 ..CapturePolicy::default()
             },
         };
@@ -389,20 +390,23 @@ impl Agent {
 
     /// Ends the generation of a volume whose map may lack changes, also when its counters and the
     /// device's own statistics disagree.
-    fn check_generation(&self, entry: &Entry) -> Result<(), Failed> {
+    fn check_generation(&self, entry: &Arc<Entry>) -> Result<(), Failed> {
         let internal = |e: super::ServiceError| Failed::new(ErrorKind::Internal, &e);
+        match look(entry) {
+            Found::Same => {}
+            Found::Gone(message) => {
+                self.part_with(entry);
+                return Err(Failed {
+                    kind: ErrorKind::Internal,
+                    message,
+                });
+            }
+            Found::Other(_) => return Err(self.became_another(entry)),
+        }
         match entry.map.tracking() {
             Tracking::Complete => {}
             Tracking::Tainted(GenerationEnd::Remapped | GenerationEnd::Resize) => {
-                // Another device or another size: the slot must be laid out anew.
-                lock(&self.entries).remove(&entry.name);
-                return Err(Failed {
-                    kind: ErrorKind::Conflict,
-                    message: format!(
-                        "{} became another device or changed its size; it is tracked anew, capture again",
-                        entry.name
-                    ),
-                });
+                return Err(self.became_another(entry));
             }
             Tracking::Tainted(reason) => self.end_generation(entry, reason).map_err(internal)?,
             Tracking::Detached => self
@@ -425,6 +429,18 @@ impl Agent {
                 .map_err(internal)?;
         }
         Ok(())
+    }
+
+    /// Another device or another size: the slot must be laid out anew.
+    fn became_another(&self, entry: &Arc<Entry>) -> Failed {
+        self.part_with(entry);
+        Failed {
+            kind: ErrorKind::Conflict,
+            message: format!(
+                "{} became another device or changed its size; it is tracked anew, capture again",
+                entry.name
+            ),
+        }
     }
 
     fn settled_failures(&self, entry: &Entry) -> u64 {

@@ -10,6 +10,7 @@ use soe_common::record::CgroupStats;
 
 use super::agent::{Agent, Entry, lock};
 use super::sampler::{WindowOf, window};
+use super::steps::{Moment, SoberTime};
 use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{self, LoadSample, WatchEvent};
 use crate::model::{Forecaster, LoadBin, QuantileForecast, SHORT_HORIZON, TimeScale, VolumeName};
@@ -36,21 +37,23 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let mut heat_at = clock.monotonic();
     let mut sampled = clock.monotonic();
     let mut apps = BTreeMap::new();
+    let mut sober = SoberTime::new(Moment::now(&*clock));
     while !agent.stopping() {
-        let next = (sampled + agent.config.history.interval).min(ticked + agent.config.plan.tick);
+        let next =
+            (sampled + agent.config().history.interval).min(ticked + agent.config().plan.tick);
         let now = clock.monotonic();
         if now < next {
             clock.sleep((next - now).min(Duration::from_millis(100)));
             continue;
         }
-        if now >= sampled + agent.config.history.interval {
+        if now >= sampled + agent.config().history.interval {
             // A beat that came late makes one longer window, not several short ones.
             sampled = now;
-            let heat = now >= heat_at + agent.config.history.region_interval;
+            let heat = now >= heat_at + agent.config().history.region_interval;
             if heat {
                 heat_at = now;
             }
-            for entry in agent.entries_now() {
+            for entry in agent.all_entries() {
                 sample(agent, &entry, heat);
             }
             if heat {
@@ -60,13 +63,13 @@ pub(super) fn beat(agent: &Arc<Agent>) {
                 tracing::warn!(%error, "the history could not be written; its rows wait in memory");
             }
         }
-        if now >= ticked + agent.config.plan.tick {
+        if now >= ticked + agent.config().plan.tick {
             ticked = now;
             agent.apply(Event::Tick);
         }
         if now >= maintained + MAINTAIN_EVERY {
             maintained = now;
-            match agent.history.maintain(clock.now()) {
+            match agent.history.maintain(sober.at(Moment::now(&*clock))) {
                 Ok(done) => done
                     .skipped
                     .iter()
@@ -77,7 +80,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
         lock(&agent.jobs).retain(|job| !job.is_finished());
     }
     // The windows that the stop cut short.
-    for entry in agent.entries_now() {
+    for entry in agent.all_entries() {
         sample(agent, &entry, true);
     }
     sample_apps(agent, &mut apps);
@@ -85,24 +88,20 @@ pub(super) fn beat(agent: &Arc<Agent>) {
 
 /// Closes the window of one volume.
 fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
-    let now = agent.clock.now();
+    let moment = Moment::now(&*agent.clock);
+    let now = moment.wall;
     let stats = match entry.track.stats() {
         Ok(stats) => stats,
         Err(error) => return tracing::warn!(volume = entry.name, %error, "no statistics"),
     };
     entry.track.next_window(heat);
     let mut sampling = lock(&entry.sampling);
-    let Some((since, before)) = sampling.last.replace((now, stats.clone())) else {
+    let Some((since, before)) = sampling.last.replace((moment, stats.clone())) else {
         return;
     };
-    // A clock that stepped back makes a window of the configured length at the new time.
-    let interval = if now > since {
-        now - since
-    } else {
-        nanos(agent.config.history.interval)
-    };
+    let (start, interval) = moment.window_since(since);
     let of = WindowOf {
-        start: now - interval,
+        start,
         interval,
         host: agent.host(),
         volume: entry.name.as_str().into(),
@@ -158,7 +157,7 @@ fn fill_bin(
     bin: &mut Option<(i64, LoadBin)>,
     window: &VolumeWindow,
 ) -> Vec<(UnixNanos, Option<LoadBin>)> {
-    let usual = nanos(agent.config.history.interval);
+    let usual = nanos(agent.config().history.interval);
     spread(agent.scale, usual, bin, window)
 }
 
@@ -208,7 +207,7 @@ fn heat_rows(
     before: &mut BTreeMap<u64, (u32, u32)>,
     now: UnixNanos,
 ) -> Vec<RegionHeatRow> {
-    let interval = nanos(agent.config.history.region_interval);
+    let interval = nanos(agent.config().history.region_interval);
     let region_bytes = soe_common::SECTOR_SIZE << entry.track.geometry().region_shift;
     let first = entry.volume.start * soe_common::SECTOR_SIZE / region_bytes;
     let end = entry.volume.end * soe_common::SECTOR_SIZE;
@@ -235,7 +234,7 @@ fn heat_rows(
             read.push((range, u64::from(reads)));
         }
         rows.push(RegionHeatRow {
-            ts: floor_to(now - interval, nanos(agent.config.history.interval)),
+            ts: floor_to(now - interval, nanos(agent.config().history.interval)),
             interval,
             volume: entry.name.as_str().into(),
             region: (region - first) * (region_bytes >> 20),
@@ -255,8 +254,9 @@ fn sample_apps(agent: &Agent, before: &mut BTreeMap<(u32, u64), CgroupStats>) {
         Err(error) => return tracing::warn!(%error, "no statistics by control group"),
     };
     let names = cgroups::paths();
-    let entries: Vec<Arc<Entry>> = lock(&agent.entries).values().cloned().collect();
-    let interval = nanos(agent.config.history.region_interval);
+    let entries = agent.all_entries();
+    let config = agent.config();
+    let interval = nanos(config.history.region_interval);
     let ts = agent.clock.now() - interval;
     let mut rows = Vec::new();
     for ((slot, cgroup), now) in &counts {
@@ -273,7 +273,7 @@ fn sample_apps(agent: &Agent, before: &mut BTreeMap<(u32, u64), CgroupStats>) {
             .get(cgroup)
             .cloned()
             .unwrap_or_else(|| cgroup.to_string());
-        let app = agent.config.host.app.iter().find(|app| {
+        let app = config.host.app.iter().find(|app| {
             path == app.cgroup
                 || path.starts_with(&format!("{}/", app.cgroup.trim_end_matches('/')))
         });
@@ -480,7 +480,7 @@ impl Agent {
     }
 
     /// Starts work on a thread of its own; whether it could be started.
-    fn job(&self, name: &str, work: impl FnOnce() + Send + 'static) -> bool {
+    pub(super) fn job(&self, name: &str, work: impl FnOnce() + Send + 'static) -> bool {
         match std::thread::Builder::new()
             .name(format!("soe-{name}"))
             .spawn(work)
@@ -575,17 +575,25 @@ impl Agent {
     /// Trains the network on what the forecasters remember, and offers it for service.
     #[cfg(feature = "model")]
     pub(super) fn train(&self) -> Result<String, String> {
+        // A thread of its own, because its priority stays low.
+        std::thread::scope(|scope| scope.spawn(|| self.train_here()).join())
+            .unwrap_or_else(|_| Err("the training ended by a panic; the log says why".into()))
+    }
+
+    #[cfg(feature = "model")]
+    fn train_here(&self) -> Result<String, String> {
         use crate::model::Promotion;
         use crate::model::net::{Budget, train};
         let dataset = lock(&self.mind).mixture.dataset();
         let began = self.clock.monotonic();
         let budget = Budget {
             max_samples: 100_000,
+            cores: Some(self.config().limits.cpu),
             ..Budget::default()
         };
         // SAFETY: setpriority of this thread touches no memory.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
-        let seed = u64::from(self.config.model.seed);
+        let seed = u64::from(self.config().model.seed);
         let trained =
             train(&dataset, budget, seed, None, &self.stopping).map_err(|e| e.to_string())?;
         self.metrics
@@ -598,7 +606,7 @@ impl Agent {
         match promotion {
             Promotion::Promoted { reason } => {
                 trained
-                    .save(&self.config.state_dir().join("model.soe"))
+                    .save(&self.config().state_dir().join("model.soe"))
                     .map_err(|e| e.to_string())?;
                 Ok(reason)
             }

@@ -154,7 +154,7 @@ impl ChangeMap for SimMap {
             } else if misses.queue != disk.queue_base {
                 Verdict::Untrue
             } else {
-                books::judge(&[account], 0, 0, Some(device))
+                books::judge(&[account], 0, 0, (!faults.no_witness).then_some(device))
             };
             match verdict {
                 Verdict::RestUnseen => {

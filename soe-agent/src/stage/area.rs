@@ -11,6 +11,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -196,7 +197,7 @@ impl Inner {
 pub struct StageArea {
     path: PathBuf,
     file: File,
-    budget: u64,
+    budget: AtomicU64,
     inner: Mutex<Inner>,
     /// A wrong rule, so that tests can show that it is noticed.
     #[cfg(test)]
@@ -240,7 +241,7 @@ impl StageArea {
         Ok(Self {
             path: path.into(),
             file,
-            budget,
+            budget: AtomicU64::new(budget),
             inner: Mutex::default(),
             #[cfg(test)]
             mutation: Mutation::None,
@@ -260,7 +261,12 @@ impl StageArea {
 
     /// Bytes that may be staged over all volumes.
     pub fn budget(&self) -> u64 {
-        self.budget
+        self.budget.load(Ordering::Relaxed)
+    }
+
+    /// Lets more or fewer bytes be staged from now on; what is staged beyond goes with the next staging.
+    pub fn set_budget(&self, budget: u64) {
+        self.budget.store(budget, Ordering::Relaxed);
     }
 
     /// The area's file.
@@ -298,7 +304,7 @@ impl StageArea {
             ranges,
             unit,
             map.volume_bytes(),
-            budget.min(self.budget),
+            budget.min(self.budget()),
         );
         // What was written since the drain is about to be written again.
         let moving: BTreeSet<u64> = blocks_of(&map.changed_since(epoch)?, unit).collect();
@@ -437,7 +443,7 @@ impl StageArea {
     ) -> Result<bool, StageError> {
         let hash = *blake3::hash(bytes).as_bytes();
         let len = bytes.len() as u32;
-        let Some(at) = self.inner().room.take(len, self.budget) else {
+        let Some(at) = self.inner().room.take(len, self.budget()) else {
             return Ok(false);
         };
         if let Err(source) = self.file.write_all_at(bytes, at) {

@@ -114,6 +114,8 @@ pub struct Ask<'a> {
     pub cancel_after: Option<u32>,
     /// Freezes the filesystems on the volumes.
     pub guard: Option<&'a FreezeGuard>,
+    /// Failed writes whose paths have settled since.
+    pub settled_failures: u64,
 }
 
 /// A layer of every volume, held against the history.
@@ -270,7 +272,7 @@ impl Rig {
                         .as_ref()
                         .and_then(|head| head.volume(map.volume()))
                         .map(base_of),
-                    settled_failures: 0,
+                    settled_failures: ask.settled_failures,
                 })
                 .collect(),
             clock: &clock,

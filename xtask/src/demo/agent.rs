@@ -69,7 +69,7 @@ impl Home {
 
 fn is_tmpfs(dir: &Path) -> bool {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
-    rustix::fs::statfs(dir).is_ok_and(|fs| i64::try_from(fs.f_type) == Ok(TMPFS_MAGIC))
+    rustix::fs::statfs(dir).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC)
 }
 
 impl Drop for Home {

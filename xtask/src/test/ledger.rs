@@ -12,6 +12,7 @@ use super::PROGRAM_LIMIT;
 use super::libtest::Tally;
 use super::targets::Target;
 use crate::run::{self, Reader};
+use crate::verifier::{self, Table};
 use crate::vm::Verdict;
 
 /// Lines of a failed program's log that are shown.
@@ -24,6 +25,7 @@ pub struct Ledger {
     failures: Vec<String>,
     skips: Vec<String>,
     timings: Vec<(String, Duration)>,
+    verifier: Table,
 }
 
 impl Ledger {
@@ -36,6 +38,7 @@ impl Ledger {
             failures: Vec::new(),
             skips: Vec::new(),
             timings: Vec::new(),
+            verifier: Table::default(),
         })
     }
 
@@ -111,9 +114,11 @@ impl Ledger {
         let mut tally = Tally::default();
         let mut log = String::new();
         let mut extra = String::new();
+        let verifier = &mut self.verifier;
         let outcome = body(
             &mut |line| {
                 tally.read(line);
+                verifier.read(line);
                 log.push_str(line);
                 log.push('\n');
             },
@@ -200,6 +205,11 @@ impl Ledger {
             println!("   {:7.1} s  {name}", took.as_secs_f64());
         }
         println!("   {:7.1} s  in all", took.as_secs_f64());
+        match self.verifier.keep() {
+            Ok(true) => println!("what the verifier said: {}", verifier::path().display()),
+            Ok(false) => {}
+            Err(error) => println!("{error:#}"),
+        }
         for skip in &self.skips {
             println!("skipped: {skip}");
         }

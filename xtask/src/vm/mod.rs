@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::verifier::{self, Table};
 use crate::{place, run, test};
 
 pub use kernel::{SERIES, download, missing as missing_kernels};
@@ -59,7 +60,17 @@ pub fn command(args: &Args) -> Result<i32> {
     } else {
         boot.run_command(&args.command);
     }
-    let verdict = boot.start(&mut |line| println!("{line}"))?;
+    let mut table = Table::default();
+    let verdict = boot.start(&mut |line| {
+        table.read(line);
+        println!("{line}");
+    })?;
+    if table.keep()? {
+        println!(
+            "what the verifier said is in {}",
+            verifier::path().display()
+        );
+    }
     match verdict {
         Verdict::Code(code) => Ok(code),
         Verdict::NoMarker(why) => {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 /// What the tests use.
-const WANTED: [&str; 23] = [
+const WANTED: [&str; 24] = [
     "dm-mod",
     "dm-thin-pool",
     "dm-snapshot",
@@ -28,6 +28,7 @@ const WANTED: [&str; 23] = [
     "brd",
     "scsi_debug",
     "sd_mod",
+    "mq-deadline",
     "xfs",
     "fuse",
     "crc32c_generic",
