@@ -207,7 +207,7 @@ pub enum Event {
     StagingFinished {
         /// The volume.
         volume: VolumeName,
-        /// Bytes staged, or why it failed.
+        /// Bytes copied, or why it failed.
         outcome: Result<u64, String>,
     },
     /// An event from outside arrived.

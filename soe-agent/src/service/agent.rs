@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -71,7 +71,8 @@ pub(super) struct Entry {
     pub(super) settling: Mutex<PathSettling>,
     pub(super) sampling: Mutex<Sampling>,
     pub(super) heat: Mutex<HeatMap>,
-    pub(super) staging: AtomicBool,
+    /// How often staging was cancelled: copying goes on while this is what it was when it was asked for.
+    pub(super) staging_cancels: AtomicU64,
     pub(super) last_decision: Mutex<Option<Decision>>,
 }
 
@@ -87,6 +88,8 @@ pub struct Agent {
     pub(super) store: LayerStore,
     pub(super) history: HistoryStore,
     pub(super) guard: Mutex<Option<Arc<FreezeGuard>>>,
+    /// The page that says what the guard holds.
+    marker: PathBuf,
     pub(super) area: Option<StageArea>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) mind: Mutex<Mind>,
@@ -192,6 +195,7 @@ impl Agent {
             store,
             history,
             guard: Mutex::new(Some(Arc::new(guard))),
+            marker,
             area,
             metrics,
             mind: Mutex::new(Mind {
@@ -326,7 +330,7 @@ impl Agent {
                 half_life: self.scale.season(),
                 ..ScoreConfig::default()
             })),
-            staging: AtomicBool::new(false),
+            staging_cancels: AtomicU64::new(0),
             last_decision: Mutex::new(None),
             volume,
             map,
@@ -501,9 +505,27 @@ impl Agent {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    /// The freeze guard, started again when it has ended.
+    /// The freeze guard; `None` when the agent is closing.
     pub(super) fn guard(&self) -> Option<Arc<FreezeGuard>> {
         lock(&self.guard).clone()
+    }
+
+    /// Starts another freeze guard in the place of one that failed.
+    pub(super) fn replace_guard(&self) {
+        let mut guard = lock(&self.guard);
+        if guard.is_none() {
+            // The agent is closing.
+            return;
+        }
+        match spawn_guard(&self.marker) {
+            Ok(fresh) => {
+                tracing::warn!("the freeze guard failed and was started anew");
+                *guard = Some(Arc::new(fresh));
+            }
+            Err(error) => {
+                tracing::error!(%error, "the freeze guard failed and cannot be started anew; captures hold nobody until it can")
+            }
+        }
     }
 
     /// How tracking began.
@@ -534,8 +556,12 @@ impl Agent {
         if let Err(error) = self.save_state() {
             tracing::error!(%error, "the state could not be saved");
         }
-        // The guard ends with its socket.
-        lock(&self.guard).take();
+        // The guard ends with its socket; when it has ended it holds nothing, so there is nothing to note.
+        let guard = lock(&self.guard).take().and_then(Arc::into_inner);
+        if let Some(guard) = guard {
+            drop(guard);
+            let _ = std::fs::remove_file(&self.marker);
+        }
     }
 
     /// Ends the present generation of a volume: its next layer is a rescan.

@@ -14,8 +14,8 @@ use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{LayerInfo, WatchEvent};
 use crate::capture::mounts::Mounts;
 use crate::capture::{
-    CaptureError, CaptureParts, CapturePolicy, CaptureRequest, FreezeError, FreezeGuard,
-    VolumeFreezer, VolumeParts, capture_group,
+    CaptureError, CaptureParts, CapturePolicy, CaptureRequest, FreezeError, FreezeGuard, Method,
+    Thawed, VolumeFreezer, VolumeParts, capture_group,
 };
 use crate::govern::{GuardLimits, LatencyGuard};
 use crate::io::{ReadOptions, VolumeSpec, open_reader};
@@ -39,6 +39,15 @@ impl Failed {
             kind,
             message: error.to_string(),
         }
+    }
+}
+
+/// Tells the threads that watch the foreground that the capture is over.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 
@@ -72,7 +81,18 @@ impl Agent {
             group: group.into(),
         });
         let began = self.clock.monotonic();
-        let outcome = self.capture(group, kind, hints);
+        let work = || self.capture(group, kind, hints);
+        // A panic must not leave the group "being captured", nor its callers without an answer.
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(
+            |_| {
+                Err(Failed {
+                    kind: ErrorKind::Internal,
+                    message: format!(
+                        "capture of {group}: the agent made a mistake (its log tells where); nothing became a layer"
+                    ),
+                })
+            },
+        );
         drop(turn);
         let took = self.clock.monotonic() - began;
         let kind_name = match kind {
@@ -119,10 +139,7 @@ impl Agent {
                 Err(EngineError::new(failed.kind, failed.message))
             }
         };
-        for waiter in lock(&self.waiters).remove(group).unwrap_or_default() {
-            // A caller that went away needs no answer.
-            let _ = waiter.send(reply.clone());
-        }
+        self.answer_waiters(group, &reply);
     }
 
     fn capture(
@@ -182,8 +199,15 @@ impl Agent {
             })
             .collect();
         let mut sink = StoreSink::new(&self.store, group, &*self.clock, facts);
-        let guard = self.guard();
-        let freezer = match guard.as_deref().map(|guard| self.freezer(guard, &entries)) {
+        let mut guard = self.guard();
+        let mut freezer = guard.as_deref().map(|guard| self.freezer(guard, &entries));
+        if let Some(Err(FreezeError::Guard { .. })) = freezer {
+            drop(freezer);
+            self.replace_guard();
+            guard = self.guard();
+            freezer = guard.as_deref().map(|guard| self.freezer(guard, &entries));
+        }
+        let freezer = match freezer {
             Some(Ok(freezer)) => freezer,
             Some(Err(error @ FreezeError::Protected { .. })) => {
                 return Err(Failed::new(ErrorKind::Unsafe, &error));
@@ -235,33 +259,42 @@ impl Agent {
         };
         let done = &AtomicBool::new(false);
         let cut = std::thread::scope(|scope| {
+            // Also when the capture panics: the scope waits for its threads.
+            let _done = SetOnDrop(done);
             for entry in &entries {
                 let target = hints.p99_target;
                 scope.spawn(move || self.guard_foreground(entry, target, done));
             }
-            let cut = capture_group(&parts, &request, &mut sink);
-            done.store(true, Ordering::SeqCst);
-            cut
-        })
-        .map_err(|error| self.capture_failed(&entries, error))?;
+            capture_group(&parts, &request, &mut sink)
+        });
+        if let Some(freezer) = &freezer {
+            self.count_pauses(group, &freezer.pauses(), hints.max_pause);
+        }
+        let cut = cut.map_err(|error| self.capture_failed(&entries, error))?;
         let Some(manifest) = sink.manifest.take() else {
             return Err(Failed {
                 kind: ErrorKind::Internal,
                 message: "the capture ended without a manifest".into(),
             });
         };
-        if cut.budget_missed > 0 {
-            self.metrics
-                .capture_missed_budgets
-                .with([group])
-                .inc_by(u64::from(cut.budget_missed));
-            if let Some(state) = lock(&self.state).groups.get_mut(group) {
-                state.missed_pause_budgets += u64::from(cut.budget_missed);
-            }
-            if let Err(error) = self.save_state() {
-                tracing::warn!(%error, "the count of missed pause budgets could not be saved");
-            }
-        }
+        let won = u64::from(cut.method == Method::Optimistic);
+        let optimistic = self.metrics.capture_optimistic.clone();
+        optimistic.with([group, "won"]).inc_by(won);
+        optimistic
+            .with([group, "lost"])
+            .inc_by(u64::from(cut.optimistic_tries) - won);
+        tracing::info!(
+            group,
+            sequence = manifest.sequence,
+            method = ?cut.method,
+            pause_us = cut.pause.as_micros() as u64,
+            wasted_us = cut.wasted_pause.as_micros() as u64,
+            window_us = cut.window.as_micros() as u64,
+            passes = cut.passes,
+            tries = cut.tries,
+            budget_missed = cut.budget_missed,
+            "captured"
+        );
         let mut layers = Vec::new();
         for layer in &manifest.volumes {
             let info = layer_info(&manifest, layer);
@@ -283,13 +316,41 @@ impl Agent {
             self.tell(WatchEvent::Layer(Box::new(info.clone())));
             layers.push(info);
         }
-        if let Some(first) = layers.first() {
-            self.metrics.capture_pause.observe(
-                [group, first.method.as_str()],
-                Duration::from_micros(first.pause_us).as_secs_f64(),
-            );
+        if cut.method == Method::Optimistic {
+            self.metrics
+                .capture_pause
+                .observe([group, "optimistic"], 0.0);
         }
         Ok(layers)
+    }
+
+    /// Counts every time writers were held, also where it led to no layer.
+    fn count_pauses(&self, group: &str, pauses: &[Thawed], budget: Duration) {
+        for thawed in pauses {
+            self.metrics
+                .capture_pause
+                .observe([group, "freeze"], thawed.pause.as_secs_f64());
+            tracing::info!(
+                group,
+                pause_us = thawed.pause.as_micros() as u64,
+                intact = thawed.intact,
+                "writers were held"
+            );
+        }
+        let missed = pauses.iter().filter(|t| t.pause > budget).count() as u64;
+        if missed == 0 {
+            return;
+        }
+        self.metrics
+            .capture_missed_budgets
+            .with([group])
+            .inc_by(missed);
+        if let Some(state) = lock(&self.state).groups.get_mut(group) {
+            state.missed_pause_budgets += missed;
+        }
+        if let Err(error) = self.save_state() {
+            tracing::warn!(%error, "the count of missed pause budgets could not be saved");
+        }
     }
 
     /// Sets the pace of a capture by what the volume's own users feel, until `done`.
@@ -424,6 +485,7 @@ impl Agent {
             CaptureError::MissedBeforeFirstCut { volume, .. } => {
                 end(volume, GenerationEnd::GapMiss)
             }
+            CaptureError::Freeze(FreezeError::Guard { .. }) => self.replace_guard(),
             _ => {}
         }
         let kind = match &error {
@@ -433,6 +495,7 @@ impl Agent {
             CaptureError::Cancelled => ErrorKind::Cancelled,
             CaptureError::NotQuiet { .. }
             | CaptureError::NotConverging { .. }
+            | CaptureError::FreezeTooLong { .. }
             | CaptureError::FrozenButMoving { .. } => ErrorKind::Conflict,
             _ => ErrorKind::Internal,
         };

@@ -289,7 +289,10 @@ impl Engine for Arc<Agent> {
                     "no staging area is configured; set staging.path",
                 ));
             };
-            agent.stage(&volume, area.budget()).map_err(service_error)?;
+            let cancels = agent.staging_cancels(&volume);
+            agent
+                .stage(&volume, area.budget(), cancels)
+                .map_err(service_error)?;
             agent.stage_report(&entry).map_err(service_error)
         })
     }

@@ -2,7 +2,8 @@
 //!
 //! `agent` holds the parts, `heart` is the heartbeat that samples, decides and carries out,
 //! `capture` runs a capture, `engine` answers callers, `events` takes events from outside, `groups` keeps
-//! the groups, `hotplug` follows volumes that come and go, `reload` takes over a changed configuration.
+//! the groups, `hotplug` follows volumes that come and go, `reload` takes over a changed configuration,
+//! `staging` copies ahead of bursts.
 
 mod agent;
 mod capture;
@@ -16,6 +17,7 @@ mod report;
 mod restore;
 mod sampler;
 pub mod sink;
+mod staging;
 mod state;
 mod steps;
 mod trace;
