@@ -34,9 +34,6 @@ pub fn layer_kind(
 pub struct Reference {
     /// The epoch that began there.
     pub epoch: Epoch,
-    /// The epoch that goes with `misses.failed_writes`: a rest says nothing about writes that failed
-    /// before it, because the device may still carry them out.
-    pub failed_since: Epoch,
     /// The totals there.
     pub misses: Misses,
     /// Whether it is a proven quiet instant.
@@ -49,7 +46,6 @@ impl Reference {
         match (base, rest) {
             (Some(base), _) if base.generation == generation => Self {
                 epoch: base.epoch,
-                failed_since: base.epoch,
                 misses: base.misses,
                 quiet: true,
             },
@@ -57,16 +53,11 @@ impl Reference {
             // then the rest is no instant from which stamps tell everything.
             (_, Some(rest)) if rest.misses.failed_writes == 0 => Self {
                 epoch: rest.epoch,
-                failed_since: Epoch::FIRST,
-                misses: Misses {
-                    failed_writes: 0,
-                    ..rest.misses
-                },
+                misses: rest.misses,
                 quiet: true,
             },
             _ => Self {
                 epoch: Epoch::FIRST,
-                failed_since: Epoch::FIRST,
                 misses: Misses::default(),
                 quiet: false,
             },
@@ -138,9 +129,7 @@ pub(crate) fn since_next(
 ) -> Epoch {
     let failed = now.failed_writes > reference.misses.failed_writes
         && !mutated(Mutation::ForgetFailedWrites);
-    if failed {
-        reference.failed_since
-    } else if now.complete > reference.misses.complete {
+    if failed || now.complete > reference.misses.complete {
         reference.epoch
     } else if mutated(Mutation::SelectAfterCut) {
         cut.next()
@@ -190,7 +179,6 @@ mod tests {
     fn quiet(misses: Misses) -> Reference {
         Reference {
             epoch: Epoch(5),
-            failed_since: Epoch(5),
             misses,
             quiet: true,
         }
@@ -296,24 +284,6 @@ mod tests {
         assert_eq!(next(misses(0, 0, 0, 3)), Epoch(5));
         assert_eq!(next(misses(0, 1, 0, 2)), Epoch(5));
         assert_eq!(next(misses(1, 0, 0, 2)), Epoch(8));
-    }
-
-    #[test]
-    fn a_rest_stands_in_for_a_base_except_for_writes_that_failed_before_it() {
-        let rest = Rest {
-            epoch: Epoch(7),
-            misses: misses(1, 2, 0, 3),
-        };
-        let at = Reference::new(None, Uuid::nil(), Some(rest));
-        let start = rest.misses;
-        let now = misses(1, 4, 0, 3);
-        assert_eq!(
-            judge(&at, LayerKind::Baseline, &start, &now),
-            Marks::Reliable
-        );
-        let next = |now| since_next(&at, Epoch(9), &now, |_| false);
-        assert_eq!(next(misses(1, 4, 0, 0)), Epoch(7));
-        assert_eq!(next(now), Epoch::FIRST);
     }
 
     #[test]
