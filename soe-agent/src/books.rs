@@ -42,8 +42,10 @@ pub struct Device {
     pub accounted: u64,
     /// Whether it has write-like requests in flight.
     pub busy: bool,
-    /// Whether it accounts a write only after the write's completion program ran or was skipped.
-    pub accounts_last: bool,
+    /// Whether it accounts every write, and does so only after the write's completion program ran or
+    /// was skipped, as disks that serve requests do. Bio-based drivers account first, and some leave
+    /// discards out (zram): of them only "more than was queued" can be held against the counters.
+    pub exact: bool,
 }
 
 /// What a reading of one slice amounts to.
@@ -79,12 +81,12 @@ pub fn judge(slices: &[Account], slice: usize, rejected: u64, device: Option<Dev
     if (device.accounted.wrapping_sub(expected) as i64) > 0 {
         return Verdict::Untrue;
     }
-    let all_done = device.accounted == expected && !device.busy;
+    let all_done = device.accounted == expected;
     match (this.open(), slice) {
-        (0, 0) if all_done => Verdict::Rest,
+        (0, 0) if !device.busy && (all_done || !device.exact) => Verdict::Rest,
         // Other parts of the disk may move, so the device's word is not about this one.
         (0, 1..) => Verdict::Rest,
-        (1.., _) if all_done && device.accounts_last => Verdict::RestUnseen,
+        (1.., _) if !device.busy && all_done && device.exact => Verdict::RestUnseen,
         _ => Verdict::Moving,
     }
 }
@@ -103,32 +105,41 @@ pub struct Correction {
 }
 
 /// Judges the books of a device that is at rest by its own word: nothing in flight twice, a grace
-/// period apart, with unchanged counters. `None` when writes wait before the device (held by cgroup
-/// throttling, for example), which look like lost ones to the counters but not to the device.
-pub fn at_rest(slices: &[Account], rejected: u64, accounted: Option<u64>) -> Option<Correction> {
+/// period apart, with unchanged counters. `accounted` is the device's word if it can be had;
+/// `missed` says that completions are known to have been missed. `None` when writes wait before the
+/// device (held by cgroup throttling, for example), which look like lost ones to the counters but not to
+/// a device that is exact.
+pub fn at_rest(
+    slices: &[Account],
+    rejected: u64,
+    accounted: Option<(u64, bool)>,
+    missed: bool,
+) -> Option<Correction> {
     let whole = slices.first()?;
     let mut correction = Correction {
         base: slices.iter().map(|slice| slice.open()).collect(),
         ..Correction::default()
     };
-    let Some(accounted) = accounted else {
-        // Without the third witness a difference has no explanation that can be relied on.
-        return correction
-            .base
-            .iter()
-            .all(|open| *open == 0)
-            .then_some(correction);
-    };
-    let more = accounted.wrapping_sub(whole.queued.wrapping_sub(rejected)) as i64;
-    if more < 0 {
-        return None;
+    let open = correction.base.iter().any(|open| *open > 0);
+    correction.queue_unseen = correction.base.iter().any(|open| *open < 0);
+    correction.completion_unseen = open;
+    let expected = whole.queued.wrapping_sub(rejected);
+    // The device did `more` sectors that were never counted as queued.
+    let more = accounted.map(|(accounted, exact)| (accounted.wrapping_sub(expected) as i64, exact));
+    match more {
+        Some((more, true)) if more < 0 => return None,
+        // Nobody but the device could tell what is lost from what waits, and it does not.
+        None | Some((..=0, false)) if open && !missed => return None,
+        _ => {}
     }
-    // The device did `more` sectors that were never counted as queued. Those it did and the programs
-    // did not see completing are missing from `completed`.
-    let unseen = accounted.wrapping_sub(whole.completed.wrapping_sub(rejected)) as i64;
-    correction.device = more;
-    correction.queue_unseen = more > 0 || correction.base.iter().any(|open| *open < 0);
-    correction.completion_unseen = unseen > 0 || correction.base.iter().any(|open| *open > 0);
+    if let Some((accounted, exact)) = accounted {
+        let more = accounted.wrapping_sub(expected) as i64;
+        // Those it did and the programs did not see completing are missing from `completed`.
+        let unseen = accounted.wrapping_sub(whole.completed.wrapping_sub(rejected)) as i64;
+        correction.device = more;
+        correction.queue_unseen |= more > 0;
+        correction.completion_unseen |= unseen > 0 && (exact || more > 0);
+    }
     Some(correction)
 }
 
@@ -145,8 +156,32 @@ mod tests {
         Some(Device {
             accounted,
             busy: false,
-            accounts_last: true,
+            exact: true,
         })
+    }
+
+    fn vague(accounted: u64) -> Option<Device> {
+        says(accounted).map(|device| Device {
+            exact: false,
+            ..device
+        })
+    }
+
+    #[test]
+    fn a_device_that_leaves_writes_out_can_only_say_that_there_were_more() {
+        let whole = [account(10, 10)];
+        assert_eq!(judge(&whole, 0, 0, vague(4)), Verdict::Rest);
+        assert_eq!(judge(&whole, 0, 0, vague(11)), Verdict::Untrue);
+        let fewer = at_rest(&whole, 0, Some((4, false)), false).expect("at rest");
+        assert!(!fewer.queue_unseen && !fewer.completion_unseen);
+        assert_eq!(fewer.device, -6);
+        // Lost or waiting? Only a counted miss tells.
+        let open = [account(10, 7)];
+        assert_eq!(at_rest(&open, 0, Some((4, false)), false), None);
+        let missed = at_rest(&open, 0, Some((4, false)), true).expect("at rest");
+        assert!(missed.completion_unseen && !missed.queue_unseen);
+        let more = at_rest(&whole, 0, Some((14, false)), false).expect("at rest");
+        assert!(more.queue_unseen && more.completion_unseen);
     }
 
     #[test]
@@ -170,11 +205,7 @@ mod tests {
         assert_eq!(judge(&whole, 0, 0, says(10)), Verdict::RestUnseen);
         assert_eq!(judge(&whole, 0, 0, says(7)), Verdict::Moving);
         assert_eq!(judge(&whole, 0, 0, None), Verdict::Moving);
-        let early = Device {
-            accounts_last: false,
-            ..says(10).expect("a device")
-        };
-        assert_eq!(judge(&whole, 0, 0, Some(early)), Verdict::Moving);
+        assert_eq!(judge(&whole, 0, 0, vague(10)), Verdict::Moving);
     }
 
     #[test]
@@ -191,19 +222,19 @@ mod tests {
 
     #[test]
     fn what_waits_before_the_device_is_not_lost() {
-        assert_eq!(at_rest(&[account(10, 7)], 0, Some(7)), None);
-        assert_eq!(at_rest(&[account(10, 7)], 0, None), None);
-        let lost = at_rest(&[account(10, 7)], 0, Some(10)).expect("at rest");
+        assert_eq!(at_rest(&[account(10, 7)], 0, Some((7, true)), false), None);
+        assert_eq!(at_rest(&[account(10, 7)], 0, None, false), None);
+        let lost = at_rest(&[account(10, 7)], 0, Some((10, true)), false).expect("at rest");
         assert!(lost.completion_unseen && !lost.queue_unseen);
         assert_eq!((lost.base, lost.device), (vec![3], 0));
     }
 
     #[test]
     fn a_queue_event_nobody_saw_moves_both_bases() {
-        let lost = at_rest(&[account(10, 14)], 0, Some(14)).expect("at rest");
+        let lost = at_rest(&[account(10, 14)], 0, Some((14, true)), false).expect("at rest");
         assert!(lost.queue_unseen && !lost.completion_unseen);
         assert_eq!((lost.base, lost.device), (vec![-4], 4));
-        let both = at_rest(&[account(10, 10)], 0, Some(14)).expect("at rest");
+        let both = at_rest(&[account(10, 10)], 0, Some((14, true)), false).expect("at rest");
         assert!(both.queue_unseen && both.completion_unseen, "{both:?}");
         assert_eq!((both.base, both.device), (vec![0], 4));
     }
@@ -223,7 +254,7 @@ mod tests {
                 accounted += sectors;
             }
             let now = account(queued, completed);
-            let correction = at_rest(&[now], rejected, Some(accounted)).expect("at rest");
+            let correction = at_rest(&[now], rejected, Some((accounted, true)), false).expect("at rest");
             let after = account(queued, completed.wrapping_add_signed(correction.base[0]));
             let device = accounted.wrapping_add_signed(-correction.device);
             prop_assert_eq!(judge(&[after], 0, rejected, says(device)), Verdict::Rest);

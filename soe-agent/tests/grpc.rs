@@ -412,7 +412,7 @@ fn other_users_are_refused() {
     open(&daemon.socket(), 0o666);
     fails(&as_nobody(), 4, "uid 65534 may not call the agent");
     let root = soe_with(&["volumes"], |c| {
-        drop(c.env("SOE_ENDPOINT", daemon.endpoint()))
+        c.env("SOE_ENDPOINT", daemon.endpoint());
     });
     assert!(root.status.success(), "{}", text(&root.stderr));
 }

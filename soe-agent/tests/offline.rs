@@ -121,6 +121,120 @@ fn traces_go_in_and_come_out() {
     assert_eq!(late.lines().count(), 1);
 }
 
+/// Every `*.parquet` below `dir`.
+fn parquet_files(dir: &Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "parquet") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn a_damaged_history_is_named_and_never_a_number() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = series(&dir.path().join("trace.csv"));
+    let history = dir.path().join("history");
+    let import = [
+        "trace",
+        "import",
+        "--format",
+        "series",
+        &trace,
+        "--out",
+        history.to_str().unwrap(),
+    ];
+    assert!(soe(&import).status.success());
+    let history = history.to_str().unwrap();
+    let query = [
+        "sql",
+        "SELECT sum(read_ops) FROM volume_stats",
+        "--history",
+        history,
+    ];
+    assert!(soe(&query).status.success());
+    let path = parquet_files(Path::new(history)).remove(7);
+    let good = std::fs::read(&path).unwrap();
+    for at in [0, 4, good.len() / 3, good.len() / 2, good.len() - 1] {
+        let mut bad = good.clone();
+        bad[at] ^= 0x10;
+        std::fs::write(&path, bad).unwrap();
+        fails(&soe(&query), 5, path.to_str().unwrap());
+    }
+    for length in [0, 1, good.len() / 2, good.len() - 1] {
+        std::fs::write(&path, &good[..length]).unwrap();
+        fails(&soe(&query), 5, path.to_str().unwrap());
+    }
+    std::fs::write(&path, &good).unwrap();
+    assert!(soe(&query).status.success());
+}
+
+/// What an event announces is a column of the history, and the planner of a simulation acts on it
+/// from the event's arrival on.
+#[test]
+fn an_announced_burst_is_staged_for_in_a_simulation() {
+    use soe_agent::history::{HistoryStore, StoreConfig};
+    use soe_agent::window::{EventRow, SECOND_NS};
+    let dir = tempfile::tempdir().unwrap();
+    let trace = series(&dir.path().join("trace.csv"));
+    let history = dir.path().join("history");
+    let path = history.to_str().unwrap();
+    let import = [
+        "trace", "import", "--format", "series", &trace, "--out", path,
+    ];
+    assert!(soe(&import).status.success());
+    let arrived = (1_700_006_400 + 400 * 300) * SECOND_NS;
+    let store = HistoryStore::open(StoreConfig::new(&history)).unwrap();
+    store
+        .append(&[EventRow {
+            ts: arrived,
+            received: arrived,
+            expected: Some(arrived + 3000 * SECOND_NS),
+            id: "1".into(),
+            source: "/ci".into(),
+            kind: "com.example.backup".into(),
+            subject: None,
+            volumes: vec!["vol1".into()],
+            data_content_type: None,
+            data: None,
+        }])
+        .unwrap();
+    store.close().unwrap();
+    let out = dir.path().join("out");
+    let out = out.to_str().unwrap();
+    let output = soe(&["simulate", "--history", path, "--out", out]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let announced = |dir: &Path| {
+        let bytes = std::fs::read(dir.join("decisions.parquet")).unwrap();
+        let needle = b"a burst was announced";
+        bytes.windows(needle.len()).any(|w| w == needle)
+    };
+    assert!(announced(Path::new(out)));
+    // Without the event nothing of the kind is decided.
+    for file in parquet_files(&history.join("events")) {
+        std::fs::remove_file(file).unwrap();
+    }
+    let without = dir.path().join("without");
+    let output = soe(&[
+        "simulate",
+        "--history",
+        path,
+        "--out",
+        without.to_str().unwrap(),
+    ]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(!announced(&without));
+}
+
 #[test]
 fn what_is_not_there_is_said_in_one_sentence() {
     let dir = tempfile::tempdir().unwrap();

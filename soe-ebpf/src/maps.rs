@@ -6,8 +6,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use soe_common::record::{
-    CgroupKey, CgroupStats, ChunkPage, DiskControl, DiskCounters, DiskStats, HeatPage, SLOT_ENTRIES,
-    SLOT_PROBES, SlotEntry, StampPage, StashedBio, TraceBooks, TracedBio,
+    CgroupKey, CgroupStats, ChunkPage, DiskControl, DiskCounters, DiskStats, HeatPage,
+    SLOT_ENTRIES, SLOT_PROBES, SlotEntry, StampPage, StashedBio, TraceBooks, TracedBio,
 };
 
 const MMAP: usize = BPF_F_MMAPABLE as usize;

@@ -15,8 +15,8 @@ use aya_ebpf::{
 };
 use soe_common::record::{
     CHUNK_BLOCKS, CHUNKS_PER_PAGE, ChunkStamp, DISK_BIO_BASED, DISK_NVME, DISK_SCSI, DiskControl,
-    DiskCounters, MAX_SLICES, SLOT_ENTRIES, SLOT_PATH, SLOT_PROBES, StampPage, StashedBio, TAINT_DISCARD, TAINT_PASSTHROUGH,
-    TAINT_RANGE, TAINT_STASH, op,
+    DiskCounters, MAX_SLICES, SLOT_ENTRIES, SLOT_PATH, SLOT_PROBES, StampPage, StashedBio,
+    TAINT_DISCARD, TAINT_PASSTHROUGH, TAINT_RANGE, TAINT_STASH, op,
 };
 
 use crate::kernel::{Bio, Request, bio_offsets, scsi_cmnd_offset};

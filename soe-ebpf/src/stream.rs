@@ -28,6 +28,7 @@ fn trace_queue(ctx: BtfTracePointContext) -> i32 {
         return 0;
     }
     let traced = TracedBio {
+        // SAFETY: the helper takes no argument and touches no memory of ours.
         at: unsafe { bpf_ktime_get_ns() },
         sector: bio.sector(),
         cgroup: bio.cgroup(),

@@ -422,7 +422,9 @@ fn a_kill_while_frozen_ends_thawed() {
     let storm = Storm::new(mounted.path());
     for guard_too in [false, true] {
         let mut caught = false;
-        for _ in 0..20 {
+        // Where the machine is busy the storm is mild, and most cuts need no freeze.
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while Instant::now() < deadline {
             let guards = soe.children();
             assert!(!guards.is_empty(), "the agent has a guard");
             let mut capture = soe.spawn(&["layer", "capture", "g"]);

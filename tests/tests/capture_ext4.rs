@@ -117,11 +117,13 @@ fn capture(volume: &Volume, freezer: Option<&dyn VolumeFreezer>, image: &Path) -
     let reader = UringReader::open(&spec, ReadOptions::BACKGROUND).expect("a reader");
     let urgent = UringReader::open(&spec, ReadOptions::URGENT).expect("a reader");
     let map = StatMap::new(volume.device(), reader.len());
-    let mut policy = CapturePolicy::default();
-    policy.optimistic = freezer.is_none();
-    policy.optimistic_residual = reader.len();
-    policy.optimistic_time = Duration::from_secs(20);
-    policy.pause_budget = Duration::from_secs(5);
+    let policy = CapturePolicy {
+        optimistic: freezer.is_none(),
+        optimistic_residual: reader.len(),
+        optimistic_time: Duration::from_secs(20),
+        pause_budget: Duration::from_secs(5),
+        ..CapturePolicy::default()
+    };
     let parts = CaptureParts {
         volumes: vec![VolumeParts {
             map: &map,
@@ -165,7 +167,7 @@ fn a_frozen_capture_of_a_busy_ext4_is_a_clean_filesystem() {
                 let _ = fs::remove_file(&path);
                 let wrote = File::create(&path).and_then(|mut file| {
                     file.write_all(&[written as u8; 40_000])?;
-                    if written % 3 == 0 {
+                    if written.is_multiple_of(3) {
                         file.sync_all()?;
                     }
                     Ok(())

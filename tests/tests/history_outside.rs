@@ -9,6 +9,7 @@ use soe_agent::window::{
     AppStatsRow, DecisionRow, DirectionStats, EventRow, ForecastRow, IoOp, IoRecord, LayerRow,
     LogHistogram, QueueDepth, RegionHeatRow, SECOND_NS, StagingRow, VolumeWindow,
 };
+use soe_tests::venv;
 
 /// 2026-01-01T23:59:30Z, so that the rows fall into two days.
 const T0: i64 = 1_767_311_970 * SECOND_NS;
@@ -16,56 +17,6 @@ const ROWS: i64 = 60;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
-
-/// The Python of `target/venv` with DuckDB and pyarrow, which is made on demand; `None` with the
-/// reason printed when it can't be made here.
-fn python() -> Option<PathBuf> {
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let venv = target.join("venv");
-    let python = venv.join("bin").join("python");
-    let run = |what: &str, command: &mut Command| match command.output() {
-        Ok(output) if output.status.success() => true,
-        Ok(output) => {
-            let why = String::from_utf8_lossy(&output.stderr);
-            eprintln!(
-                "skipped: {what} failed: {}",
-                why.lines().last().unwrap_or("no reason given")
-            );
-            false
-        }
-        Err(error) => {
-            eprintln!("skipped: {what} can't be run: {error}");
-            false
-        }
-    };
-    let ready = || {
-        let import = Command::new(&python)
-            .args(["-c", "import duckdb, pyarrow"])
-            .output();
-        import.is_ok_and(|output| output.status.success())
-    };
-    if ready() {
-        return Some(python);
-    }
-    let seconds = |limit: &str| {
-        let mut command = Command::new("timeout");
-        command.args(["-s", "KILL", limit]);
-        command
-    };
-    let made = run(
-        "python3 -m venv",
-        seconds("60").args(["python3", "-m", "venv"]).arg(&venv),
-    );
-    let installed = made
-        && run(
-            "pip install duckdb pyarrow",
-            seconds("300")
-                .arg(&python)
-                .args(["-m", "pip", "install", "-q", "duckdb", "pyarrow"]),
-        );
-    (installed && ready()).then_some(python)
 }
 
 fn fill<R: TableRow>(store: &HistoryStore, row: impl Fn(i64) -> R) -> Result<()> {
@@ -122,6 +73,7 @@ fn write_every_table(dir: &Path) -> Result<()> {
     fill(&store, |ts| EventRow {
         ts,
         received: ts,
+        expected: Some(ts + 60 * SECOND_NS),
         id: ts.to_string(),
         source: "/ci".into(),
         kind: "deployment".into(),
@@ -185,10 +137,32 @@ fn write_every_table(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Table and column of every line of the tables in docs/history-schema.md, in their order.
+fn documented_columns() -> Result<Vec<(String, String)>> {
+    let path = root().join("docs/history-schema.md");
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let (mut table, mut found) = (None, Vec::new());
+    for line in text.lines() {
+        if line.starts_with("## ") {
+            table = None;
+        } else if let Some(heading) = line.strip_prefix("### ") {
+            table = Some(heading.trim_matches('`').to_owned());
+        } else if let (Some(table), Some(rest)) = (&table, line.strip_prefix("| `")) {
+            let column = rest.split('`').next().unwrap_or_default();
+            found.push((table.clone(), column.to_owned()));
+        }
+    }
+    Ok(found)
+}
+
 #[test]
 fn duckdb_and_pyarrow_read_every_table() -> Result<()> {
-    let Some(python) = python() else {
-        return Ok(());
+    let python = match venv::python(&[("duckdb", "duckdb"), ("pyarrow", "pyarrow")]) {
+        Ok(python) => python,
+        Err(why) => {
+            println!("SKIPPED: no DuckDB and pyarrow: {why}");
+            return Ok(());
+        }
     };
     let dir = tempfile::tempdir()?;
     write_every_table(dir.path())?;
@@ -206,6 +180,7 @@ fn duckdb_and_pyarrow_read_every_table() -> Result<()> {
         String::from_utf8_lossy(&output.stderr)
     );
     let seen: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let described = documented_columns()?;
     for table in soe_agent::history::Table::ALL {
         let table_seen = &seen[table.name()];
         let nanos = if table.name() == "io_trace" {
@@ -213,6 +188,13 @@ fn duckdb_and_pyarrow_read_every_table() -> Result<()> {
         } else {
             0
         };
+        let columns: Vec<&str> = described
+            .iter()
+            .filter(|(name, _)| name == table.name())
+            .map(|(_, column)| column.as_str())
+            .collect();
+        assert!(!columns.is_empty(), "{table} is not documented");
+        assert_eq!(table_seen["columns"], serde_json::json!(columns), "{table}");
         assert_eq!(table_seen["rows"], ROWS, "{table}");
         assert_eq!(table_seen["first_ns"], T0 + nanos, "{table}");
         assert_eq!(

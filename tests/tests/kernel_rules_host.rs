@@ -260,8 +260,7 @@ fn a_disk_that_does_not_count_is_never_said_to_be_at_rest_and_never_audited() {
     need_kernel!();
     let disk = LoopDevice::new(64 * MIB).unwrap();
     let iostats = sysfs_of(&disk.path).join("queue/iostats");
-    // The switch outlives the disk: the next one on this loop device would not count either.
-    let _back = Setting::new(iostats.clone(), "0");
+    set_sysfs(&iostats, "0");
     let bench = Bench::new("iostats");
     let map = bench.map(&disk.path);
     let since = map.epoch();

@@ -138,8 +138,10 @@ fn every_layer_of_a_group_is_the_devices_at_one_instant() {
         while u64::from(books.layers) < wanted {
             assert!(
                 Instant::now() < deadline,
-                "only {} cuts in time",
-                books.layers
+                "only {} cuts in time; failed {:?}; {}",
+                books.layers,
+                books.failed,
+                rig.readings()
             );
             history.forget(usize::MAX, u64::MAX);
             if rng.random_range(0..12) == 0 {
@@ -305,8 +307,10 @@ fn frozen_filesystems_are_captured_at_one_instant() {
         while u64::from(books.layers) < wanted {
             assert!(
                 Instant::now() < deadline,
-                "only {} cuts in time",
-                books.layers
+                "only {} cuts in time; failed {:?}; {}",
+                books.layers,
+                books.failed,
+                rig.readings()
             );
             if rng.random_range(0..12) == 0 {
                 rig.restart(Duration::from_millis(rng.random_range(0..60)), false);

@@ -1,6 +1,5 @@
 //! Opens the listeners and serves until told to stop.
 
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener as StdUnixListener;
@@ -225,22 +224,17 @@ async fn serve_grpc(
 }
 
 /// Keeps the health service in step with the daemon, for ever.
-fn follow_health(
-    reporter: tonic_health::server::HealthReporter,
-    engine: Arc<dyn Engine>,
-) -> impl Future<Output = ()> {
-    async move {
-        loop {
-            let status = match engine.not_ready() {
-                None => tonic_health::ServingStatus::Serving,
-                Some(_) => tonic_health::ServingStatus::NotServing,
-            };
-            reporter.set_service_status("", status).await;
-            reporter
-                .set_service_status("soe.v1.SnapshotOrchestration", status)
-                .await;
-            tokio::time::sleep(HEALTH_INTERVAL).await;
-        }
+async fn follow_health(reporter: tonic_health::server::HealthReporter, engine: Arc<dyn Engine>) {
+    loop {
+        let status = match engine.not_ready() {
+            None => tonic_health::ServingStatus::Serving,
+            Some(_) => tonic_health::ServingStatus::NotServing,
+        };
+        reporter.set_service_status("", status).await;
+        reporter
+            .set_service_status("soe.v1.SnapshotOrchestration", status)
+            .await;
+        tokio::time::sleep(HEALTH_INTERVAL).await;
     }
 }
 

@@ -250,7 +250,8 @@ mod tests {
     #[test]
     fn a_good_group_passes_and_each_fault_is_named() {
         assert_eq!(group_spec(&spec()), Ok(()));
-        let faults: [(fn(&mut GroupSpec), &str); 6] = [
+        type Fault = fn(&mut GroupSpec);
+        let faults: [(Fault, &str); 6] = [
             (
                 |s| s.volumes.clear(),
                 "group db has no volumes; name at least one",

@@ -94,6 +94,16 @@ pub enum CaptureError {
         /// The pause budget.
         budget: Duration,
     },
+    /// Freezing and thawing alone would take longer than the pause may, as they did of late.
+    #[error(
+        "freezing was not begun: it is expected to take {expected:?}, as it did of late, and a pause may last {budget:?}; wait for a quieter time or allow a longer pause"
+    )]
+    FreezeTooLong {
+        /// What freezing and thawing are expected to take.
+        expected: Duration,
+        /// The pause budget.
+        budget: Duration,
+    },
     /// The filesystems could not be frozen.
     #[error(transparent)]
     Freeze(#[from] FreezeError),
@@ -121,6 +131,7 @@ impl CaptureError {
                 | Self::NotQuiet { .. }
                 | Self::PathUnsettled { .. }
                 | Self::NotConverging { .. }
+                | Self::FreezeTooLong { .. }
                 | Self::FrozenButMoving { .. }
                 | Self::Cancelled
         )

@@ -9,12 +9,15 @@ pub trait VolumeFreezer: Send + Sync {
     /// Writes out what is dirty, so that a freeze has little to do. Writers are not held.
     fn flush(&self) -> Result<(), FreezeError>;
     /// How long the freezing itself is expected to take.
-    fn estimate(&self) -> Duration;
+    fn freeze_estimate(&self) -> Duration;
+    /// How long the thawing is expected to take; writers are held until it is done.
+    fn thaw_estimate(&self) -> Duration;
     /// Whether volume number `volume` of the group is under one of the filesystems.
     fn covers(&self, volume: usize) -> bool;
-    /// Freezes. Writers are held from here until the hold is thawed or dropped, at most for `hold`
-    /// after everything is frozen (the guard thaws at the deadline, and when this process dies).
-    fn freeze(&self, hold: Duration) -> Result<Box<dyn Hold + '_>, FreezeError>;
+    /// Freezes. Writers are held from here until the hold is thawed or dropped. At the latest `limit`
+    /// after this call thawing begins, whether or not everything was frozen by then (the guard does
+    /// that at the deadline, and when this process dies).
+    fn freeze(&self, limit: Duration) -> Result<Box<dyn Hold + '_>, FreezeError>;
 }
 
 /// Frozen filesystems. Dropping it thaws.

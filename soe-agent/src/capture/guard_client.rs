@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -16,15 +16,51 @@ use super::guard::protocol::{Answer, Ask, MAX_SUPERBLOCKS, receive, send};
 use super::mounts::Superblock;
 
 /// Assumed of a filesystem that was never frozen and has just been flushed.
-const FIRST_ESTIMATE: Duration = Duration::from_millis(15);
+const FIRST_FREEZE: Duration = Duration::from_millis(15);
+/// Assumed of a filesystem that was never thawed.
+const FIRST_THAW: Duration = Duration::from_millis(3);
+/// The time after which half of an estimate is forgotten. Without forgetting, one freeze that took
+/// longer than the budget would forbid every later one.
+const FORGOTTEN: Duration = Duration::from_secs(20);
+
+/// How long something took of late: the longest, fading with time.
+#[derive(Clone, Copy, Debug)]
+struct Fading {
+    value: Duration,
+    at: Instant,
+}
+
+impl Fading {
+    fn now(&self, now: Instant) -> Duration {
+        let age = now.saturating_duration_since(self.at).as_secs_f64();
+        self.value
+            .mul_f64(0.5f64.powf(age / FORGOTTEN.as_secs_f64()))
+    }
+
+    /// Believes a longer time at once, a shorter one slowly.
+    fn learn(before: Option<Self>, took: Duration, now: Instant) -> Self {
+        let faded = before.map_or(Duration::ZERO, |before| before.now(now).mul_f64(0.75));
+        Self {
+            value: took.max(faded),
+            at: now,
+        }
+    }
+}
+
+/// What is known of a filesystem's freezes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Known {
+    freeze: Option<Fading>,
+    thaw: Option<Fading>,
+}
 
 /// A running guard process. One freeze at a time; after [`FreezeError::Guard`] a new one is needed.
 pub struct FreezeGuard {
     line: Mutex<Line>,
     pid: u32,
     marker: Option<PathBuf>,
-    /// The longest of the recent freezes of each mount point.
-    seen: Mutex<HashMap<PathBuf, Duration>>,
+    /// How long the freezes of each mount point took.
+    seen: Mutex<HashMap<PathBuf, Known>>,
 }
 
 struct Line {
@@ -79,7 +115,7 @@ impl FreezeGuard {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn seen(&self) -> MutexGuard<'_, HashMap<PathBuf, Duration>> {
+    fn seen(&self) -> MutexGuard<'_, HashMap<PathBuf, Known>> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -96,6 +132,7 @@ impl FreezeGuard {
             superblocks,
             volumes,
             prepared: Mutex::new(prepared),
+            pauses: Mutex::default(),
         })
     }
 
@@ -170,6 +207,7 @@ pub struct GuardFreezer<'g> {
     superblocks: Vec<Superblock>,
     volumes: usize,
     prepared: Mutex<Prepared>,
+    pauses: Mutex<Vec<Thawed>>,
 }
 
 /// A preparation of the guard, and the page it notes its states in.
@@ -193,13 +231,33 @@ impl GuardFreezer<'_> {
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn learn(&self, took: Duration) {
+    /// Every time writers were held by this freezer, whether or not it led to a cut.
+    pub fn pauses(&self) -> Vec<Thawed> {
+        self.noted().clone()
+    }
+
+    fn noted(&self) -> MutexGuard<'_, Vec<Thawed>> {
+        self.pauses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn learn(&self, part: impl Fn(&mut Known) -> &mut Option<Fading>, took: Duration) {
         let mut seen = self.guard.seen();
         for superblock in &self.superblocks {
-            let before = seen.entry(superblock.mount.clone()).or_insert(took);
-            // Believe a longer one at once, a shorter one slowly.
-            *before = took.max(before.mul_f64(0.75));
+            let known = part(seen.entry(superblock.mount.clone()).or_default());
+            *known = Some(Fading::learn(*known, took, Instant::now()));
         }
+    }
+
+    fn expected(&self, part: impl Fn(&Known) -> Option<Fading>, first: Duration) -> Duration {
+        let (seen, now) = (self.guard.seen(), Instant::now());
+        self.superblocks
+            .iter()
+            .map(|s| {
+                let known = seen.get(&s.mount).and_then(&part);
+                known.map_or(first, |known| known.now(now))
+            })
+            .max()
+            .unwrap_or_default()
     }
 
     fn refused(&self, index: u8, errno: i32, held: Duration) -> FreezeError {
@@ -264,31 +322,30 @@ impl VolumeFreezer for GuardFreezer<'_> {
         Ok(())
     }
 
-    fn estimate(&self) -> Duration {
-        let seen = self.guard.seen();
-        self.superblocks
-            .iter()
-            .map(|s| seen.get(&s.mount).copied().unwrap_or(FIRST_ESTIMATE))
-            .max()
-            .unwrap_or_default()
+    fn freeze_estimate(&self) -> Duration {
+        self.expected(|known| known.freeze, FIRST_FREEZE)
+    }
+
+    fn thaw_estimate(&self) -> Duration {
+        self.expected(|known| known.thaw, FIRST_THAW)
     }
 
     fn covers(&self, volume: usize) -> bool {
         volume < self.volumes && self.superblocks.iter().any(|s| s.volumes.contains(&volume))
     }
 
-    fn freeze(&self, hold: Duration) -> Result<Box<dyn Hold + '_>, FreezeError> {
+    fn freeze(&self, limit: Duration) -> Result<Box<dyn Hold + '_>, FreezeError> {
         let mut line = self.guard.line();
         // Another group may have been prepared since: its filesystems must not be frozen for ours.
         if self.prepared().number != line.prepared {
             let anew = self.guard.prepare_on(&mut line, &self.superblocks)?;
             *self.prepared() = anew;
         }
-        let result = send(&line.socket, &Ask::Freeze(hold).encode(), &[])
+        let result = send(&line.socket, &Ask::Freeze(limit).encode(), &[])
             .and_then(|()| answer(&line.socket));
         match result {
             Ok(Answer::Frozen { took }) => {
-                self.learn(took);
+                self.learn(|known| &mut known.freeze, took);
                 Ok(Box::new(GuardHold {
                     freezer: self,
                     line: Some(line),
@@ -296,8 +353,12 @@ impl VolumeFreezer for GuardFreezer<'_> {
             }
             Ok(Answer::Refused { index, errno, held }) => {
                 if errno == libc::ETIMEDOUT {
-                    self.learn(held);
+                    self.learn(|known| &mut known.freeze, held);
                 }
+                self.noted().push(Thawed {
+                    pause: held,
+                    intact: false,
+                });
                 Err(self.refused(index, errno, held))
             }
             Ok(other) => {
@@ -322,16 +383,28 @@ impl GuardHold<'_, '_> {
         let Some(mut line) = self.line.take() else {
             return Err(guard_error("thaw")(io::ErrorKind::NotConnected.into()));
         };
+        let asked = Instant::now();
         let result = send(&line.socket, &Ask::Thaw.encode(), &[])
             .and_then(|()| answer(&line.socket))
             .and_then(|answer| match answer {
                 Answer::Thawed { pause, intact } => Ok(Thawed { pause, intact }),
                 other => Err(unexpected(other)),
             });
-        result.map_err(|error| {
-            self.freezer.rescue(&mut line);
-            guard_error("thaw")(error)
-        })
+        match result {
+            Ok(thawed) => {
+                // What the guard thawed at its deadline was thawed before it was asked.
+                if thawed.intact {
+                    let took = asked.elapsed();
+                    self.freezer.learn(|known| &mut known.thaw, took);
+                }
+                self.freezer.noted().push(thawed);
+                Ok(thawed)
+            }
+            Err(error) => {
+                self.freezer.rescue(&mut line);
+                Err(guard_error("thaw")(error))
+            }
+        }
     }
 }
 
@@ -348,5 +421,24 @@ impl Drop for GuardHold<'_, '_> {
         {
             tracing::error!(%error, "thawing");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_freeze_is_believed_at_once_and_forgotten_with_time() {
+        let began = Instant::now();
+        let ms = Duration::from_millis;
+        let known = Fading::learn(None, ms(10), began);
+        let known = Fading::learn(Some(known), ms(160), began);
+        assert_eq!(known.now(began), ms(160));
+        let shorter = Fading::learn(Some(known), ms(10), began);
+        assert_eq!(shorter.now(began), ms(120), "a shorter one slowly");
+        // It forbids freezes within 100 ms for a while, not for ever.
+        assert!(known.now(began + FORGOTTEN / 2) > ms(100));
+        assert_eq!(known.now(began + FORGOTTEN), ms(80));
     }
 }

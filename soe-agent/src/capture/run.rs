@@ -60,6 +60,7 @@ fn capture(
             .optimistic(sink)?
             .map(|window| (Method::Optimistic, window, false));
     }
+    let optimistic_tries = capture.tries;
     let (method, window, frozen) = match (cut, parts.freezer) {
         (Some(cut), _) => cut,
         (None, Some(freezer)) => {
@@ -98,6 +99,7 @@ fn capture(
         cut_at: window.at,
         passes: capture.attempt.passes,
         tries: capture.tries,
+        optimistic_tries,
     };
     sink.commit(&cut)
         .map_err(|source| CaptureError::Sink { source })?;
@@ -200,15 +202,20 @@ impl Capture<'_, '_> {
             freezer.flush()?;
             self.attempt.settle()?;
             let pending = self.attempt.pending()?;
-            let need = self.attempt.reading_time(pending) + freezer.estimate();
-            if need <= self.policy.pause_budget && pending <= self.policy.memory_limit {
+            let budget = self.policy.pause_budget;
+            let expected = freezer.freeze_estimate() + freezer.thaw_estimate();
+            if expected > budget {
+                return Err(CaptureError::FreezeTooLong { expected, budget });
+            }
+            let need = self.attempt.reading_time(pending) + expected;
+            if need <= budget && pending <= self.policy.memory_limit {
                 return Ok(pending);
             }
             if pending == 0 || !self.attempt.converging() {
                 return Err(CaptureError::NotConverging {
                     passes: self.attempt.passes,
                     residual: pending,
-                    budget: self.policy.pause_budget,
+                    budget,
                 });
             }
             self.attempt.pass(sink)?;
@@ -221,10 +228,12 @@ impl Capture<'_, '_> {
     ) -> Result<(Result<Window, Moved>, bool), CaptureError> {
         let clock = self.parts.clock;
         let budget = self.policy.pause_budget;
-        let length = budget
-            .saturating_sub(freezer.estimate())
+        // All of it counts: freezing, reading, and thawing, which begins early enough to be over in time.
+        let limit = budget
+            .saturating_sub(freezer.thaw_estimate())
             .max(Duration::from_millis(1));
-        let mut hold = match freezer.freeze(length) {
+        let until = clock.monotonic() + limit;
+        let mut hold = match freezer.freeze(limit) {
             Ok(hold) => Some(hold),
             Err(FreezeError::TooSlow { held, .. }) => {
                 self.pauses.last = held;
@@ -234,12 +243,10 @@ impl Capture<'_, '_> {
             Err(error) => return Err(error.into()),
         };
         let mut thawed = None;
-        let pace = DeadlinePace {
-            clock,
-            until: clock.monotonic() + length,
-        };
+        let pace = DeadlinePace { clock, until };
+        let patience = until.saturating_sub(clock.monotonic()) / 4;
         // Only a mutation thaws before the window is over.
-        let tried = self.attempt.window(&pace, length / 4, &mut || {
+        let tried = self.attempt.window(&pace, patience, &mut || {
             thawed = hold.take().map(|hold| hold.thaw());
         });
         if let Some(hold) = hold.take() {

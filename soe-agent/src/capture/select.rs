@@ -34,6 +34,9 @@ pub fn layer_kind(
 pub struct Reference {
     /// The epoch that began there.
     pub epoch: Epoch,
+    /// The epoch that goes with `misses.failed_writes`: a rest says nothing about writes that failed
+    /// before it, because the device may still carry them out.
+    pub failed_since: Epoch,
     /// The totals there.
     pub misses: Misses,
     /// Whether it is a proven quiet instant.
@@ -46,16 +49,24 @@ impl Reference {
         match (base, rest) {
             (Some(base), _) if base.generation == generation => Self {
                 epoch: base.epoch,
+                failed_since: base.epoch,
                 misses: base.misses,
                 quiet: true,
             },
-            (_, Some(rest)) => Self {
+            // A write that failed before the rest may be executed after it, and carries an older stamp:
+            // then the rest is no instant from which stamps tell everything.
+            (_, Some(rest)) if rest.misses.failed_writes == 0 => Self {
                 epoch: rest.epoch,
-                misses: rest.misses,
+                failed_since: Epoch::FIRST,
+                misses: Misses {
+                    failed_writes: 0,
+                    ..rest.misses
+                },
                 quiet: true,
             },
             _ => Self {
                 epoch: Epoch::FIRST,
+                failed_since: Epoch::FIRST,
                 misses: Misses::default(),
                 quiet: false,
             },
@@ -127,7 +138,9 @@ pub(crate) fn since_next(
 ) -> Epoch {
     let failed = now.failed_writes > reference.misses.failed_writes
         && !mutated(Mutation::ForgetFailedWrites);
-    if failed || now.complete > reference.misses.complete {
+    if failed {
+        reference.failed_since
+    } else if now.complete > reference.misses.complete {
         reference.epoch
     } else if mutated(Mutation::SelectAfterCut) {
         cut.next()
@@ -177,6 +190,7 @@ mod tests {
     fn quiet(misses: Misses) -> Reference {
         Reference {
             epoch: Epoch(5),
+            failed_since: Epoch(5),
             misses,
             quiet: true,
         }
@@ -242,6 +256,25 @@ mod tests {
     }
 
     #[test]
+    fn a_rest_after_a_failed_write_is_no_reference() {
+        let generation = Uuid::nil();
+        let rest = |failed_writes| Rest {
+            epoch: Epoch(8),
+            misses: misses(1, 1, 0, failed_writes),
+        };
+        let good = Reference::new(None, generation, Some(rest(0)));
+        assert!(good.quiet && good.epoch == Epoch(8));
+        let doubtful = Reference::new(None, generation, Some(rest(1)));
+        assert!(!doubtful.quiet && doubtful.epoch == Epoch::FIRST);
+        // What that write may still change is in the next layer.
+        let now = misses(1, 1, 0, 1);
+        assert_eq!(
+            since_next(&doubtful, Epoch(20), &now, |_| false),
+            Epoch::FIRST
+        );
+    }
+
+    #[test]
     fn before_the_first_quiet_instant_a_missed_completion_starts_over() {
         let at = Reference::new(None, Uuid::nil(), None);
         let start = misses(0, 2, 0, 0);
@@ -263,6 +296,24 @@ mod tests {
         assert_eq!(next(misses(0, 0, 0, 3)), Epoch(5));
         assert_eq!(next(misses(0, 1, 0, 2)), Epoch(5));
         assert_eq!(next(misses(1, 0, 0, 2)), Epoch(8));
+    }
+
+    #[test]
+    fn a_rest_stands_in_for_a_base_except_for_writes_that_failed_before_it() {
+        let rest = Rest {
+            epoch: Epoch(7),
+            misses: misses(1, 2, 0, 3),
+        };
+        let at = Reference::new(None, Uuid::nil(), Some(rest));
+        let start = rest.misses;
+        let now = misses(1, 4, 0, 3);
+        assert_eq!(
+            judge(&at, LayerKind::Baseline, &start, &now),
+            Marks::Reliable
+        );
+        let next = |now| since_next(&at, Epoch(9), &now, |_| false);
+        assert_eq!(next(misses(1, 4, 0, 0)), Epoch(7));
+        assert_eq!(next(now), Epoch::FIRST);
     }
 
     #[test]

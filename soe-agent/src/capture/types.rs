@@ -248,4 +248,6 @@ pub struct GroupCut {
     pub passes: u32,
     /// Cuts tried, this one included.
     pub tries: u32,
+    /// Of these, those that would have held nobody.
+    pub optimistic_tries: u32,
 }

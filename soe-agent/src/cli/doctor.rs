@@ -1,6 +1,5 @@
 //! `soe doctor`.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -9,7 +8,7 @@ use super::error::CliError;
 use super::output::{Output, Table};
 use crate::config::Config;
 use crate::observe::volumes;
-use crate::probe::btf::Btf;
+use crate::probe::support::{KernelSupport, TRACEPOINTS};
 
 /// Show what this kernel and host can do, what is missing, and how to mend it
 #[derive(Debug, clap::Args)]
@@ -49,20 +48,11 @@ struct Report {
 
 pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
     let config = Config::load(args.config.as_deref())?;
-    let checks = vec![
-        kernel_types(),
-        tracepoints(),
-        capabilities(),
-        bpffs(),
-        io_uring(),
-        disks(),
-        state(&config),
-    ];
+    let support = KernelSupport::probe();
+    let mut checks = of_kernel(&support);
+    checks.extend([disks(), state(&config)]);
     let report = Report {
-        kernel: rustix::system::uname()
-            .release()
-            .to_string_lossy()
-            .into_owned(),
+        kernel: support.release,
         ready: checks.iter().all(|c| c.state != State::Missing),
         checks,
     };
@@ -79,15 +69,30 @@ pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
         }
         table
     })?;
-    if report.ready {
-        return Ok(());
-    }
-    let missing: Vec<&str> = report
-        .checks
+    verdict(&report.checks)
+}
+
+/// What is said of a kernel and a process. Pure.
+fn of_kernel(support: &KernelSupport) -> Vec<Finding> {
+    vec![
+        kernel_types(support),
+        tracepoints(support),
+        capabilities(support),
+        bpffs(support),
+        io_uring(support),
+    ]
+}
+
+/// One sentence that names all that is missing. Pure.
+fn verdict(checks: &[Finding]) -> Result<(), CliError> {
+    let missing: Vec<&str> = checks
         .iter()
         .filter(|c| c.state == State::Missing)
         .map(|c| c.check)
         .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
     Err(CliError::Failed(format!(
         "this host lacks what the agent needs: {}; see the table for the mend",
         missing.join(", ")
@@ -108,70 +113,41 @@ fn finding(
     }
 }
 
-fn kernel_types() -> Finding {
+fn kernel_types(support: &KernelSupport) -> Finding {
     let check = "kernel types (BTF)";
-    match Btf::of_kernel().and_then(|btf| btf.kernel_offsets()) {
-        Ok(_) => finding(check, State::Ok, "all structures and members found", None),
+    match &support.types {
+        Ok(()) => finding(check, State::Ok, "all structures and members found", None),
         Err(error) => finding(
             check,
             State::Missing,
             error.to_string(),
-            Some("use a kernel built with CONFIG_DEBUG_INFO_BTF=y, 5.15 or newer"),
+            Some("use a kernel built with CONFIG_DEBUG_INFO_BTF=y, 5.18 or newer"),
         ),
     }
 }
 
-fn tracepoints() -> Finding {
+fn tracepoints(support: &KernelSupport) -> Finding {
     let check = "block tracepoints";
-    let Ok(btf) = Btf::of_kernel() else {
-        return finding(
+    match &support.absent_tracepoints {
+        None => finding(
             check,
             State::Missing,
             "unknown without kernel types",
             Some("see the line above"),
-        );
-    };
-    let names = [
-        "block_bio_queue",
-        "block_rq_complete",
-        "block_bio_complete",
-        "block_rq_issue",
-    ];
-    let absent: Vec<&str> = names
-        .into_iter()
-        .filter(|n| btf.tracepoint_arguments(n).is_none())
-        .collect();
-    if absent.is_empty() {
-        return finding(check, State::Ok, names.join(" "), None);
+        ),
+        Some(absent) if absent.is_empty() => finding(check, State::Ok, TRACEPOINTS.join(" "), None),
+        Some(absent) => finding(
+            check,
+            State::Missing,
+            format!("no {}", absent.join(" ")),
+            Some("use a kernel built with CONFIG_BLOCK and CONFIG_TRACEPOINTS"),
+        ),
     }
-    finding(
-        check,
-        State::Missing,
-        format!("no {}", absent.join(" ")),
-        Some("use a kernel built with CONFIG_BLOCK and CONFIG_TRACEPOINTS"),
-    )
 }
 
-/// Bits of the effective capability set.
-const NEEDED: [(&str, u32); 3] = [("CAP_BPF", 39), ("CAP_PERFMON", 38), ("CAP_SYS_ADMIN", 21)];
-
-/// The effective capabilities that are absent, told from the text of `/proc/self/status`. Pure.
-fn absent_capabilities(status: &str) -> Option<Vec<&'static str>> {
-    let digits = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
-    let set = u64::from_str_radix(digits.trim(), 16).ok()?;
-    Some(
-        NEEDED
-            .iter()
-            .filter(|(_, bit)| set & (1 << bit) == 0)
-            .map(|(name, _)| *name)
-            .collect(),
-    )
-}
-
-fn capabilities() -> Finding {
+fn capabilities(support: &KernelSupport) -> Finding {
     let check = "capabilities";
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    match absent_capabilities(&status) {
+    match &support.absent_capabilities {
         Some(absent) if absent.is_empty() => {
             finding(check, State::Ok, "CAP_BPF CAP_PERFMON CAP_SYS_ADMIN", None)
         }
@@ -192,9 +168,9 @@ fn capabilities() -> Finding {
     }
 }
 
-fn bpffs() -> Finding {
+fn bpffs(support: &KernelSupport) -> Finding {
     let check = "BPF filesystem";
-    if volumes::mounts().iter().any(|m| m.fs_type == "bpf") {
+    if support.bpffs {
         return finding(check, State::Ok, "mounted", None);
     }
     finding(
@@ -207,30 +183,19 @@ fn bpffs() -> Finding {
     )
 }
 
-fn io_uring() -> Finding {
+/// What `kernel.io_uring_disabled` means for root.
+fn io_uring(support: &KernelSupport) -> Finding {
     let check = "io_uring";
-    match io_uring_state(
-        fs::read_to_string("/proc/sys/kernel/io_uring_disabled")
-            .ok()
-            .as_deref(),
-    ) {
-        Ok(found) => finding(check, State::Ok, found, None),
-        Err(found) => finding(
+    match support.io_uring_disabled.as_deref().map(str::trim) {
+        // Kernels before 6.6 have no such switch.
+        None => finding(check, State::Ok, "no switch; allowed", None),
+        Some("0" | "1") => finding(check, State::Ok, "allowed", None),
+        Some(_) => finding(
             check,
             State::Warning,
-            found,
+            "disabled for all",
             Some("sysctl kernel.io_uring_disabled=0; until then reads are slower"),
         ),
-    }
-}
-
-/// What `kernel.io_uring_disabled` means for root. Pure.
-fn io_uring_state(value: Option<&str>) -> Result<&'static str, &'static str> {
-    match value.map(str::trim) {
-        // Kernels before 6.6 have no such switch.
-        None => Ok("no switch; allowed"),
-        Some("0" | "1") => Ok("allowed"),
-        Some(_) => Err("disabled for all"),
     }
 }
 
@@ -289,28 +254,118 @@ fn state(config: &Config) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::probe::btf::BtfError;
 
-    #[test]
-    fn capabilities_are_read_from_the_effective_set() {
-        assert_eq!(
-            absent_capabilities("CapEff:\t000001ffffffffff\n"),
-            Some(vec![])
-        );
-        assert_eq!(
-            absent_capabilities("CapInh:\tffff\nCapEff:\t0000000000000000\n"),
-            Some(vec!["CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN"])
-        );
-        assert_eq!(
-            absent_capabilities("CapEff:\t000000c000000000\n"),
-            Some(vec!["CAP_SYS_ADMIN"])
-        );
-        assert_eq!(absent_capabilities("nothing"), None);
+    fn whole() -> KernelSupport {
+        KernelSupport {
+            release: "6.12".into(),
+            types: Ok(()),
+            absent_tracepoints: Some(Vec::new()),
+            absent_capabilities: Some(Vec::new()),
+            bpffs: true,
+            io_uring_disabled: Some("0\n".into()),
+        }
+    }
+
+    /// The one finding that is not as it should be.
+    fn only(support: &KernelSupport) -> Finding {
+        let mut found = of_kernel(support);
+        found.retain(|finding| finding.state != State::Ok);
+        assert_eq!(found.len(), 1, "{found:?}");
+        let finding = found.remove(0);
+        let text = format!("{} {:?}", finding.found, finding.mend);
+        assert!(!text.contains('\n') && finding.mend.is_some(), "{text}");
+        finding
     }
 
     #[test]
-    fn io_uring_may_be_switched_off() {
-        assert!(io_uring_state(None).is_ok());
-        assert!(io_uring_state(Some("1\n")).is_ok());
-        assert!(io_uring_state(Some("2\n")).is_err());
+    fn a_host_that_has_all_is_ready() {
+        let checks = of_kernel(&whole());
+        assert!(
+            checks
+                .iter()
+                .all(|c| c.state == State::Ok && c.mend.is_none())
+        );
+        assert!(verdict(&checks).is_ok());
+    }
+
+    #[test]
+    fn each_thing_that_is_missing_is_one_clear_sentence() {
+        let without_types = KernelSupport {
+            types: Err(BtfError::Read {
+                path: "/sys/kernel/btf/vmlinux".into(),
+                source: std::io::ErrorKind::NotFound.into(),
+            }),
+            ..whole()
+        };
+        let finding = only(&without_types);
+        assert_eq!(
+            (finding.check, finding.state),
+            ("kernel types (BTF)", State::Missing)
+        );
+        assert!(
+            finding.found.contains("/sys/kernel/btf/vmlinux"),
+            "{finding:?}"
+        );
+
+        let older = KernelSupport {
+            types: Err(BtfError::Missing {
+                what: "member diskseq in struct gendisk".into(),
+            }),
+            ..whole()
+        };
+        assert!(only(&older).found.contains("diskseq"));
+
+        let without_tracepoint = KernelSupport {
+            absent_tracepoints: Some(vec!["block_rq_issue"]),
+            ..whole()
+        };
+        let finding = only(&without_tracepoint);
+        assert_eq!(
+            (finding.state, finding.found.as_str()),
+            (State::Missing, "no block_rq_issue")
+        );
+
+        let without_rights = KernelSupport {
+            absent_capabilities: Some(vec!["CAP_BPF", "CAP_SYS_ADMIN"]),
+            ..whole()
+        };
+        let finding = only(&without_rights);
+        assert_eq!(
+            (finding.state, finding.found.as_str()),
+            (State::Missing, "no CAP_BPF CAP_SYS_ADMIN")
+        );
+
+        let without_bpffs = KernelSupport {
+            bpffs: false,
+            ..whole()
+        };
+        assert_eq!(only(&without_bpffs).state, State::Warning);
+        for (switch, fine) in [(None, true), (Some("1\n"), true), (Some("2\n"), false)] {
+            let support = KernelSupport {
+                io_uring_disabled: switch.map(str::to_owned),
+                ..whole()
+            };
+            let warned = of_kernel(&support)
+                .iter()
+                .any(|c| c.state == State::Warning);
+            assert_eq!(!warned, fine, "{switch:?}");
+        }
+    }
+
+    #[test]
+    fn all_that_is_missing_is_named_at_once() {
+        let bare = KernelSupport {
+            types: Err(BtfError::Missing { what: "x".into() }),
+            absent_tracepoints: None,
+            absent_capabilities: Some(vec!["CAP_BPF"]),
+            ..whole()
+        };
+        let error = verdict(&of_kernel(&bare)).unwrap_err();
+        assert_eq!(error.exit_code(), 1);
+        assert_eq!(
+            error.to_string(),
+            "this host lacks what the agent needs: kernel types (BTF), block tracepoints, capabilities; see the table for the mend"
+        );
     }
 }

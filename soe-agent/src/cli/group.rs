@@ -314,6 +314,9 @@ fn volume(v: &VolumeStatus, table: &mut Table) {
         "  tracking",
         format!("{}, epoch {}{rescan}", v.tracking, v.epoch),
     );
+    if let Some(why) = &v.missing {
+        table.pair("  missing", why);
+    }
     table.pair(
         "  layers",
         format!(

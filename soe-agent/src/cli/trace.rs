@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -130,7 +130,7 @@ fn import(
     format: &str,
     files: &[PathBuf],
     volume: Option<&str>,
-    dir: &PathBuf,
+    dir: &Path,
     mut out: Output,
 ) -> Result<(), CliError> {
     let report = offline::import(format, files, volume, dir)?;
@@ -151,7 +151,7 @@ fn import(
 }
 
 fn export(
-    history: &PathBuf,
+    history: &Path,
     selection: &offline::Selection,
     file: Option<PathBuf>,
     mut out: Output,

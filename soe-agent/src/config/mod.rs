@@ -8,7 +8,8 @@
 //!
 //! On SIGHUP the daemon reads the same file again with [`Config::load`]. If that fails, the daemon
 //! says why and goes on with what it has. Otherwise [`Config::reload`] tells which changed keys take
-//! effect at once ([`reload::LIVE`]) and which wait for a restart; the daemon logs both.
+//! effect at once ([`LIVE`]) and which wait for a restart; the daemon logs both and goes on with
+//! [`Config::with_live_of`] the new one.
 
 mod error;
 mod readers;
@@ -19,7 +20,7 @@ pub mod units;
 use std::path::{Path, PathBuf};
 
 pub use error::ConfigError;
-pub use reload::Reload;
+pub use reload::{LIVE, Reload};
 pub use schema::{
     Agent, Api, Bandwidth, Compression, EventSource, History, HostApp, Limits, Listen, Model, Plan,
     Source, Staging, Store, Tracking,
@@ -218,6 +219,11 @@ impl Config {
             .source
             .iter()
             .any(|s| s.kind == Source::Cloudevents)
+    }
+
+    /// This configuration with what of `new` takes effect at once.
+    pub fn with_live_of(&self, new: &Self) -> Self {
+        reload::merge(self, new)
     }
 
     /// What of `new` takes effect at once, and what waits for a restart.

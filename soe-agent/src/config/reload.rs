@@ -14,11 +14,32 @@ pub const LIVE: &[&str] = &[
     "history.retention",
     "host",
     "limits",
-    "plan.max_pause",
-    "plan.rpo",
+    "model.train_after",
+    "model.train_every",
+    "plan",
     "staging.budget",
     "store.compression",
+    "store.min_free",
 ];
+
+/// `old` with the values that `new` has for the keys of [`LIVE`].
+pub(super) fn merge(old: &Config, new: &Config) -> Config {
+    let mut config = old.clone();
+    config.agent.log.clone_from(&new.agent.log);
+    config.event = new.event.clone();
+    config.history.max_size = new.history.max_size;
+    config.history.min_free = new.history.min_free;
+    config.history.retention = new.history.retention;
+    config.host = new.host.clone();
+    config.limits = new.limits.clone();
+    config.model.train_after = new.model.train_after;
+    config.model.train_every = new.model.train_every;
+    config.plan = new.plan.clone();
+    config.staging.budget = new.staging.budget;
+    config.store.compression = new.store.compression;
+    config.store.min_free = new.store.min_free;
+    config
+}
 
 /// The keys that differ between two configurations.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -236,10 +236,112 @@ fn reload_tells_live_keys_from_others() {
 #[test]
 fn every_live_key_exists_and_is_marked_in_the_example() {
     let all = serde_json::to_value(Config::default()).unwrap();
-    for key in super::reload::LIVE {
+    for key in super::LIVE {
         let found = key.split('.').try_fold(&all, |value, name| value.get(name));
         assert!(found.is_some(), "{key} is no key");
     }
+    let live = |key: &str| {
+        super::LIVE
+            .iter()
+            .any(|live| key == *live || key.starts_with(&format!("{live}.")))
+    };
+    let (mut table, mut said, mut keys) = ("", "", 0);
+    for line in include_str!("../../../dist/soe.toml").lines() {
+        if let Some(name) = line.strip_prefix('[').and_then(|l| l.strip_suffix(']')) {
+            table = name;
+        }
+        let comment = line.strip_prefix("# ").unwrap_or_default();
+        let text = comment.strip_prefix("example: ").unwrap_or(comment);
+        if text.starts_with("[[") {
+            // Arrays of tables are marked as a whole.
+            break;
+        }
+        match text.split_once(" = ") {
+            Some((key, _)) if key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') => {
+                keys += 1;
+                let key = format!("{table}.{key}");
+                assert_eq!(said.contains("(live)"), live(&key), "{key}: {said}");
+            }
+            _ => said = comment,
+        }
+    }
+    assert!(keys > 25, "only {keys} keys were compared");
+}
+
+/// A configuration that differs from the default in every key that may differ.
+fn all_other() -> Config {
+    let text = r#"
+        [agent]
+        state_dir = "/x/state"
+        host = "other"
+        log = "debug"
+        [api]
+        listen = "unix:/x/sock"
+        http = "off"
+        max_event = "2MiB"
+        [history]
+        dir = "/x/history"
+        interval = "2s"
+        region_interval = "2m"
+        retention = "31d"
+        max_size = "17GiB"
+        min_free = "2GiB"
+        [store]
+        dir = "/x/store"
+        compression = "none"
+        min_free = "257MiB"
+        [staging]
+        path = "/x/staging"
+        budget = "9GiB"
+        [limits]
+        cpu = 0.6
+        memory = "513MiB"
+        capture_bandwidth = "2MiB"
+        [tracking]
+        block_size = "128KiB"
+        memory = "65MiB"
+        [model]
+        bin = "10m"
+        season = "2d"
+        train_after = "3d"
+        train_every = "3d"
+        seed = 2
+        [plan]
+        tick = "2s"
+        idle = "65KiB"
+        earliest = 0.6
+        stage_above = 0.6
+        rpo = "16m"
+        max_pause = "101ms"
+        baseline_every = "8d"
+        [[host.app]]
+        cgroup = "/a"
+        type = "postgres"
+        [event]
+        source = []
+    "#;
+    Config::parse(text, Path::new("other.toml")).unwrap()
+}
+
+/// What a reload takes over is what it says is live, no more and no less.
+#[test]
+fn a_reload_takes_over_the_live_keys_and_no_other() {
+    let (old, new) = (Config::default(), all_other());
+    let said = old.reload(&new);
+    let every = serde_json::to_value(&old).unwrap();
+    let keys: usize = every
+        .as_object()
+        .unwrap()
+        .values()
+        .map(|table| table.as_object().unwrap().len())
+        .sum();
+    // All keys but those that this version reserves.
+    assert_eq!(said.live.len() + said.restart.len(), keys - 4, "{said:?}");
+    let taken = old.with_live_of(&new);
+    assert_eq!(old.reload(&taken).live, said.live);
+    assert_eq!(old.reload(&taken).restart, Vec::<String>::new());
+    assert_eq!(taken.reload(&new).live, Vec::<String>::new());
+    assert_eq!(taken.reload(&new).restart, said.restart);
 }
 
 proptest::proptest! {

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use parquet::errors::ParquetError;
 
+use super::contain::Panicked;
+
 /// Errors of the history. [`HistoryError::is_integrity`] and [`HistoryError::is_usage`] choose the
 /// exit code.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +116,15 @@ impl HistoryError {
         }
     }
 
+    /// For `map_err` on a panic of the library that was to decode a file.
+    pub(super) fn undecodable(path: &Path) -> impl Fn(Panicked) -> Self + use<> {
+        let path = path.to_owned();
+        move |Panicked(message)| Self::Damaged {
+            path: path.clone(),
+            reason: format!("it cannot be decoded ({})", one_line(&message)),
+        }
+    }
+
     /// For damage found by our own checks.
     pub(super) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
         Self::Damaged {
@@ -128,13 +139,15 @@ impl HistoryError {
     }
 }
 
-/// The first line of a library's message, without its full stop.
+/// The most that is told of a library's message.
+const TOLD_CHARS: usize = 240;
+
+/// The first line of a library's message, without its full stop and at a length to be read.
 pub(super) fn one_line(message: &str) -> String {
-    message
-        .lines()
-        .next()
-        .unwrap_or("")
-        .trim()
-        .trim_end_matches('.')
-        .to_owned()
+    let line = message.lines().next().unwrap_or("").trim();
+    let line = line.trim_end_matches('.');
+    match line.char_indices().nth(TOLD_CHARS) {
+        Some((end, _)) => format!("{}...", line.get(..end).unwrap_or(line)),
+        None => line.to_owned(),
+    }
 }

@@ -20,7 +20,9 @@ use arrow::datatypes::SchemaRef;
 use bytes::Bytes;
 use chrono::DateTime;
 use parquet::arrow::ArrowWriter;
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
+};
 use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::metadata::{KeyValue, PageIndexPolicy, SortingColumn};
 use parquet::file::properties::WriterProperties;
@@ -28,6 +30,7 @@ use parquet::file::reader::{ChunkReader, Length};
 use parquet::schema::types::ColumnPath;
 use uuid::Uuid;
 
+use super::contain::contained;
 use super::disk::{Disk, DiskFile};
 use super::error::{HistoryError, Result, one_line};
 use super::merge::ts_values;
@@ -287,8 +290,55 @@ pub(super) struct HistoryFile {
     pub file: File,
     pub metadata: ArrowReaderMetadata,
     pub losses: Losses,
-    /// (start, end, CRC-32C) of every row group; none in files of other writers.
-    groups: Vec<(u64, u64, u32)>,
+    /// The row groups' checksums; none in files of other writers.
+    groups: Vec<GroupSum>,
+    /// Whether nothing vouches for the tail, and so for nothing in the file.
+    foreign: bool,
+}
+
+/// Where a row group lies, and its CRC-32C.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct GroupSum {
+    bytes: Range<u64>,
+    crc: u32,
+}
+
+impl GroupSum {
+    fn prove(&self, file: &File, path: &Path, index: usize) -> Result<()> {
+        let what = format!("row group {index}");
+        prove(file, path, self.bytes.clone(), self.crc, &what)
+    }
+}
+
+/// What is needed to prove the row groups of a file whose tail was proven. Keeps no file open.
+#[cfg(feature = "sql")]
+pub(super) struct Proof {
+    path: PathBuf,
+    groups: Vec<GroupSum>,
+}
+
+#[cfg(feature = "sql")]
+impl Proof {
+    /// Number of row groups that can be proven.
+    pub fn row_groups(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// Whether a row group has bytes in `range`.
+    pub fn overlaps(&self, group: usize, range: &Range<u64>) -> bool {
+        self.groups
+            .get(group)
+            .is_some_and(|group| group.bytes.start < range.end && range.start < group.bytes.end)
+    }
+
+    /// Proves the bytes of one row group.
+    pub fn prove_group(&self, index: usize) -> Result<()> {
+        let Some(group) = self.groups.get(index) else {
+            return Ok(());
+        };
+        let file = File::open(&self.path).map_err(HistoryError::io("open", &self.path))?;
+        group.prove(&file, &self.path, index)
+    }
 }
 
 impl HistoryFile {
@@ -307,8 +357,9 @@ impl HistoryFile {
             prove(&file, path, start..length, tail.crc, "the footer")?;
         }
         let options = ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Optional);
-        let metadata =
-            ArrowReaderMetadata::load(&file, options).map_err(HistoryError::parquet(path))?;
+        let metadata = contained(|| ArrowReaderMetadata::load(&file, options))
+            .map_err(HistoryError::undecodable(path))?
+            .map_err(HistoryError::parquet(path))?;
         let pairs = metadata
             .metadata()
             .file_metadata()
@@ -345,6 +396,7 @@ impl HistoryFile {
             metadata,
             losses,
             groups: Vec::new(),
+            foreign: tail.is_none(),
         };
         if let Some(groups) = value(key::ROW_GROUPS).or(tail.map(|_| String::new())) {
             opened.groups = parse_groups(&groups)
@@ -364,18 +416,48 @@ impl HistoryFile {
         usize::try_from(self.metadata.metadata().file_metadata().num_rows()).unwrap_or(0)
     }
 
-    /// Proves the bytes of one row group.
+    /// Proves the bytes of one row group; where nothing vouches for them, that they can be decoded.
     pub fn prove_group(&self, index: usize) -> Result<()> {
-        match self.groups.get(index) {
-            Some(&(start, end, crc)) => prove(
-                &self.file,
-                &self.path,
-                start..end,
-                crc,
-                &format!("row group {index}"),
-            ),
-            None => Ok(()),
+        if let Some(group) = self.groups.get(index) {
+            group.prove(&self.file, &self.path, index)?;
         }
+        if self.foreign {
+            self.decode_group(index)?;
+        }
+        Ok(())
+    }
+
+    /// Decodes a row group and throws it away.
+    fn decode_group(&self, index: usize) -> Result<()> {
+        let file = self
+            .file
+            .try_clone()
+            .map_err(HistoryError::io("duplicate descriptor of", &self.path))?;
+        let decoded = contained(|| {
+            let batches =
+                ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
+                    .with_row_groups(vec![index])
+                    .build()?;
+            for batch in batches {
+                batch.map_err(parquet::errors::ParquetError::from)?;
+            }
+            Ok(())
+        });
+        decoded
+            .map_err(HistoryError::undecodable(&self.path))?
+            .map_err(HistoryError::parquet(&self.path))
+    }
+
+    /// What proves the row groups later; a file that nothing vouches for is decoded here and now.
+    #[cfg(feature = "sql")]
+    pub fn into_proof(self) -> Result<Proof> {
+        if self.foreign {
+            (0..self.row_groups()).try_for_each(|group| self.prove_group(group))?;
+        }
+        Ok(Proof {
+            path: self.path,
+            groups: self.groups,
+        })
     }
 
     /// The columns of the file.
@@ -478,13 +560,16 @@ fn tail_of(path: &Path) -> Option<Tail> {
     Some(Tail { bytes, crc })
 }
 
-fn parse_groups(text: &str) -> Option<Vec<(u64, u64, u32)>> {
+fn parse_groups(text: &str) -> Option<Vec<GroupSum>> {
     let mut start = 0;
     let mut groups = Vec::new();
     for group in text.split(',').filter(|group| !group.is_empty()) {
         let (end, crc) = group.split_once(':')?;
         let end = end.parse().ok().filter(|&end: &u64| end >= start)?;
-        groups.push((start, end, u32::from_str_radix(crc, 16).ok()?));
+        groups.push(GroupSum {
+            bytes: start..end,
+            crc: u32::from_str_radix(crc, 16).ok()?,
+        });
         start = end;
     }
     Some(groups)

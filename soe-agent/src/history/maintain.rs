@@ -256,7 +256,7 @@ impl HistoryStore {
     }
 
     fn retain(&self, now: UnixNanos, done: &mut Maintained) -> Result<()> {
-        let retention = self.config.retention;
+        let retention = *lock(&self.retention);
         if retention == Retention::default() {
             return Ok(());
         }

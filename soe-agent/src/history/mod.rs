@@ -5,6 +5,7 @@
 //! in and comes out are the rows of [`crate::window`].
 
 mod columns;
+mod contain;
 mod disk;
 mod error;
 mod file;
@@ -15,6 +16,8 @@ mod merge;
 mod partition;
 #[cfg(feature = "sql")]
 mod print;
+#[cfg(feature = "sql")]
+mod proven;
 mod read;
 mod rows_acts;
 mod rows_stats;

@@ -143,23 +143,6 @@ impl HistoryReader {
         })
     }
 
-    /// The windows of every volume in order of time, and the errors about files left out.
-    pub fn volume_windows(
-        &self,
-        query: &Query,
-    ) -> Result<(BTreeMap<Name, Vec<VolumeWindow>>, Vec<HistoryError>)> {
-        let mut volumes: BTreeMap<Name, Vec<VolumeWindow>> = BTreeMap::new();
-        let mut rows = self.rows::<VolumeWindow>(query)?;
-        for window in &mut rows {
-            let window = window?;
-            match volumes.get_mut(&window.volume) {
-                Some(windows) => windows.push(window),
-                None => drop(volumes.insert(window.volume.clone(), vec![window])),
-            }
-        }
-        Ok((volumes, rows.skipped()))
-    }
-
     /// The load of every volume in evenly spaced bins of `bin` ns, and the errors about files left
     /// out. Holds the bins only, never the windows. The range of the query must be bounded. Windows
     /// that began more than an hour before the range are not looked at.

@@ -20,6 +20,7 @@ impl TableRow for EventRow {
         BatchBuilder::default()
             .micros("ts", rows.iter().map(|row| row.ts))
             .micros("received_at", rows.iter().map(|row| row.received))
+            .opt_micros("expected_at", rows.iter().map(|row| row.expected))
             .text("id", rows.iter().map(|row| &*row.id))
             .text("source", rows.iter().map(|row| &*row.source))
             .text("type", rows.iter().map(|row| &*row.kind))
@@ -36,6 +37,7 @@ impl TableRow for EventRow {
     fn from_batch(batch: &RecordBatch) -> Result<Vec<Self>> {
         let reader = BatchReader::new(Self::TABLE, batch);
         let (ts, received) = (reader.times("ts")?, reader.times("received_at")?);
+        let expected = reader.opt_times("expected_at")?;
         let (id, source) = (reader.text("id")?, reader.text("source")?);
         let (kind, subject) = (reader.text("type")?, reader.opt_text("subject")?);
         let content_type = reader.opt_text("datacontenttype")?;
@@ -45,6 +47,7 @@ impl TableRow for EventRow {
                 Ok(Self {
                     ts: ts.ns(row),
                     received: received.ns(row),
+                    expected: expected.ns(row),
                     id: id.value(row).to_owned(),
                     source: source.value(row).to_owned(),
                     kind: kind.value(row).to_owned(),

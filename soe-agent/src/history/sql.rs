@@ -1,6 +1,6 @@
 //! SQL over the history, read-only and in bounded memory.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,15 +12,17 @@ use datafusion::datasource::listing::{
     ListingOptions, ListingTable, ListingTableConfig, ListingTableUrl,
 };
 use datafusion::execution::context::SQLOptions;
+use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::prelude::{SessionConfig, SessionContext};
 use futures::StreamExt;
 use rustix::fs::{FlockOperation, flock};
 
+use super::contain::{Panicked, contained_future};
 use super::error::{HistoryError, Result, one_line};
 use super::partition::SUFFIX;
 use super::print::Printer;
-use super::read::HistoryReader;
+use super::proven::ProvenFiles;
 use super::table::Table;
 
 /// How often a query is run again because a compaction took a file away before it was opened.
@@ -65,19 +67,34 @@ pub async fn run_sql(
     // While this is held the agent begins no maintenance; without it a query is run again when a
     // compaction takes its files away.
     let _ = flock(&folder, FlockOperation::LockShared);
+    let absolute = fs::canonicalize(dir).map_err(HistoryError::io("resolve", dir))?;
     let mut attempt = 0;
     loop {
         attempt += 1;
         let mut printer = Printer::new(format, out);
-        match run(dir, query, limits, &mut printer).await {
-            Ok(()) => return printer.finish(),
-            Err(Failure::History(error)) => return Err(error),
-            Err(Failure::Engine(error)) => {
-                if printer.nothing_out() && attempt < RETRIES && is_not_found(&error) {
-                    continue;
-                }
-                return Err(explain(dir, &error));
+        let files =
+            Arc::new(
+                ProvenFiles::new(dir, &absolute).map_err(|error| HistoryError::QueryRun {
+                    reason: one_line(&error.to_string()),
+                })?,
+            );
+        let ran = run(&absolute, &files, query, limits, &mut printer);
+        let failure = match contained_future(ran).await {
+            Ok(Ok(())) => return printer.finish(),
+            Ok(Err(Failure::History(error))) => return Err(error),
+            Ok(Err(Failure::Engine(error))) => error,
+            Err(Panicked(message)) => {
+                let reason = format!("the query engine gave up ({})", one_line(&message));
+                return Err(files
+                    .take_error()
+                    .unwrap_or(HistoryError::QueryRun { reason }));
             }
+        };
+        if let Some(error) = files.take_error() {
+            return Err(error);
+        }
+        if !(printer.nothing_out() && attempt < RETRIES && is_not_found(&failure)) {
+            return Err(explain(&failure));
         }
     }
 }
@@ -101,11 +118,13 @@ impl From<DataFusionError> for Failure {
 
 async fn run(
     dir: &Path,
+    files: &Arc<ProvenFiles>,
     query: &str,
     limits: SqlLimits,
     printer: &mut Printer<'_>,
 ) -> Result<(), Failure> {
     let context = context(limits)?;
+    context.register_object_store(ObjectStoreUrl::local_filesystem().as_ref(), files.clone());
     for table in Table::ALL {
         register(&context, dir, table)?;
     }
@@ -149,10 +168,8 @@ fn context(limits: SqlLimits) -> Result<SessionContext, DataFusionError> {
 }
 
 fn register(context: &SessionContext, dir: &Path, table: Table) -> Result<(), Failure> {
-    let absolute =
-        std::path::absolute(dir.join(table.name())).map_err(HistoryError::io("resolve", dir))?;
     // A trailing slash makes it a folder, which need not exist.
-    let text = format!("{}/", absolute.display());
+    let text = format!("{}/", dir.join(table.name()).display());
     let url = ListingTableUrl::parse(&text)?;
     let format = Arc::new(ParquetFormat::new());
     let options = ListingOptions::new(format)
@@ -182,18 +199,13 @@ fn sentence(error: &DataFusionError) -> String {
     stripped.unwrap_or(&message).to_owned()
 }
 
-/// Names the damaged file, when there is one: the engine's own message rarely does.
-fn explain(dir: &Path, error: &DataFusionError) -> HistoryError {
-    let damaged = HistoryReader::open(dir)
-        .and_then(|reader| reader.verify())
-        .ok()
-        .and_then(|errors| errors.into_iter().find(HistoryError::is_integrity));
-    damaged.unwrap_or_else(|| match error.find_root() {
+fn explain(error: &DataFusionError) -> HistoryError {
+    match error.find_root() {
         DataFusionError::ResourcesExhausted(_) => HistoryError::QueryRun {
             reason: "it needs more memory than it may use; ask for fewer columns, a shorter range or LIMIT".into(),
         },
         other => HistoryError::QueryRun { reason: sentence(other) },
-    })
+    }
 }
 
 fn is_not_found(error: &DataFusionError) -> bool {

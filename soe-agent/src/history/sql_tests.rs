@@ -1,5 +1,7 @@
 //! Queries: right, read-only, bounded, and clear about mistakes and damage.
 
+use std::path::PathBuf;
+
 use super::*;
 use crate::history::tests::window;
 use crate::history::{HistoryStore, StoreConfig, partition};
@@ -85,10 +87,7 @@ fn tables_without_rows_are_there() {
     }
     let text = ask_as(dir.path(), "SELECT ts, id FROM events", SqlFormat::Table).unwrap();
     assert_eq!(text, "ts  id\n--  --\n");
-    assert_eq!(
-        ask(dir.path(), "SHOW TABLES").unwrap().len() >= Table::ALL.len(),
-        true
-    );
+    assert!(ask(dir.path(), "SHOW TABLES").unwrap().len() >= Table::ALL.len());
 }
 
 #[test]
@@ -154,6 +153,111 @@ fn mistakes_and_damage_are_one_sentence() {
         error.is_integrity() && error.to_string().contains(path.to_str().unwrap()),
         "{error}"
     );
+}
+
+/// The first file of `volume_stats`.
+fn first_file(dir: &Path) -> PathBuf {
+    let partition = partition::all_partitions(dir, Table::VolumeStats)
+        .unwrap()
+        .remove(0);
+    partition::files(&partition.path).unwrap().remove(0)
+}
+
+/// What damage does to a file: a bit flipped in one place out of `flips`, or the file cut short at
+/// one of `cuts` lengths.
+fn damaged(good: &[u8], flips: usize, cuts: usize) -> Vec<(String, Vec<u8>)> {
+    let flipped = (0..flips).map(|i| {
+        let at = i * good.len() / flips;
+        let mut bad = good.to_vec();
+        bad[at] ^= 1 << (i % 8);
+        (format!("bit {} of byte {at}", i % 8), bad)
+    });
+    let cut = (0..cuts).map(|i| {
+        let length = i * good.len() / cuts;
+        (format!("cut to {length} bytes"), good[..length].to_vec())
+    });
+    let short = (1..12).map(|length| (format!("cut to {length} bytes"), good[..length].to_vec()));
+    let short = short.filter(|_| cuts > 0);
+    flipped.chain(cut).chain(short).collect()
+}
+
+/// Every column of every row, in an order of its own: no byte of the data is left unread.
+const ALL: &str = "SELECT * FROM volume_stats ORDER BY ts, volume";
+
+/// Whatever happens to a file, the query ends with one sentence that names it.
+#[test]
+fn damage_anywhere_is_one_sentence_and_never_a_number() {
+    let dir = history();
+    let path = first_file(dir.path());
+    let good = std::fs::read(&path).unwrap();
+    let right = ask(dir.path(), ALL).unwrap();
+    for (what, bad) in damaged(&good, 120, 20) {
+        std::fs::write(&path, &bad).unwrap();
+        for query in [ALL, "SELECT count(*) AS n, max(ts) FROM volume_stats"] {
+            match ask(dir.path(), query) {
+                // Counts come from the footer alone, which has a proof of its own.
+                Ok(rows) => assert!(
+                    rows[0]["n"] == 150,
+                    "{what}: {query} gave {} rows",
+                    rows.len()
+                ),
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(error.is_integrity(), "{what}: {text}");
+                    assert!(text.contains(path.to_str().unwrap()), "{what}: {text}");
+                    assert!(!text.contains('\n') && text.len() < 600, "{what}: {text}");
+                }
+            }
+        }
+    }
+    std::fs::write(&path, &good).unwrap();
+    assert_eq!(ask(dir.path(), ALL).unwrap(), right);
+}
+
+/// The same damage is believed by the engine where nobody proves the bytes: the test above would
+/// notice if the proof were gone.
+#[test]
+fn without_the_proof_damage_is_believed() {
+    let dir = history();
+    let path = first_file(dir.path());
+    let good = std::fs::read(&path).unwrap();
+    let decode = |bytes: &[u8]| {
+        let bytes = bytes::Bytes::from(bytes.to_vec());
+        super::super::contain::contained(|| {
+            use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
+            let reader = ParquetRecordBatchReader::try_new(bytes, 1000).ok()?;
+            reader.collect::<std::result::Result<Vec<_>, _>>().ok()
+        })
+    };
+    let right = decode(&good).unwrap();
+    assert!(right.is_some());
+    let wrong = damaged(&good, 230, 0)
+        .iter()
+        .filter(|(_, bad)| matches!(decode(bad), Ok(Some(rows)) if Some(&rows) != right.as_ref()))
+        .count();
+    assert!(wrong > 0, "no flipped bit gave a wrong number");
+}
+
+/// A file of somebody else has no checksums: it is read as far as it can be decoded, and what can't
+/// be is named; the decoder's panics are nobody's end.
+#[test]
+fn damage_of_a_file_without_checksums_never_panics() {
+    let dir = history();
+    let path = first_file(dir.path());
+    let good = std::fs::read(&path).unwrap();
+    let other = path.with_file_name("other.parquet");
+    std::fs::rename(&path, &other).unwrap();
+    assert_eq!(ask(dir.path(), ALL).unwrap().len(), 150);
+    let mut refused = 0;
+    for (what, bad) in damaged(&good, 120, 20) {
+        std::fs::write(&other, &bad).unwrap();
+        if let Err(error) = ask(dir.path(), ALL) {
+            let text = error.to_string();
+            assert!(!text.contains('\n') && text.len() < 600, "{what}: {text}");
+            refused += 1;
+        }
+    }
+    assert!(refused > 20, "only {refused} damages were noticed");
 }
 
 #[test]

@@ -113,6 +113,8 @@ impl Buffer {
 /// A folder of history, opened for writing. Every call takes `&self`: the store may be shared.
 pub struct HistoryStore {
     pub(super) config: StoreConfig,
+    /// What is kept now; it may change while the store is open.
+    pub(super) retention: Mutex<Retention>,
     pub(super) disk: Box<dyn Disk>,
     buffer: Mutex<Buffer>,
     /// Held by whoever changes files.
@@ -150,6 +152,7 @@ impl HistoryStore {
             buffer: Mutex::default(),
             files: Mutex::default(),
             _lock: lock_file,
+            retention: Mutex::new(config.retention),
             config,
         };
         store.repair()?;
@@ -159,6 +162,11 @@ impl HistoryStore {
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.config.dir
+    }
+
+    /// Keeps more or less from the next [`Self::maintain`] on.
+    pub fn set_retention(&self, retention: Retention) {
+        *lock(&self.retention) = retention;
     }
 
     /// Takes rows. They are on disk after the next flush; this call makes one when rows have waited

@@ -113,6 +113,7 @@ fn every_table_gives_back_what_was_written() {
     round_trip(EventRow {
         ts: T0,
         received: T0 + S,
+        expected: Some(T0 + 60 * S),
         id: "1".into(),
         source: "/ci".into(),
         kind: "deployment".into(),

@@ -108,7 +108,7 @@ impl VolumeFile {
             metadata.len()
         };
         let end = match spec.len {
-            Some(len) => spec.offset.checked_add(len).unwrap_or(u64::MAX),
+            Some(len) => spec.offset.saturating_add(len),
             None => has.max(spec.offset),
         };
         if end > has {

@@ -70,7 +70,7 @@ impl LayerAttempt {
             "{group_folder}/{}",
             catalog::attempt_name(reservation.attempt)
         );
-        let encoder = Encoder::new(reservation.inner.options.compression)
+        let encoder = Encoder::new(reservation.inner.compression())
             .map_err(|error| LayerError::io("prepare compression for", &folder, error))?;
         let volumes = volumes
             .into_iter()

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
 use super::catalog::{self, Catalog, LayerRef, Listed};
+use super::codec::Compression;
 use super::error::LayerError;
 use super::files;
 use super::fs::{StoreFs, StoreLock};
@@ -19,6 +20,8 @@ use super::tree::StateTree;
 pub(super) struct Inner {
     pub(super) fs: Arc<dyn StoreFs>,
     pub(super) options: StoreOptions,
+    /// How the next layers are compressed; it may change while the store is open.
+    pub(super) compression: Mutex<Compression>,
     pub(super) id: Uuid,
     _lock: Option<Box<dyn StoreLock>>,
     state: Mutex<State>,
@@ -58,11 +61,19 @@ impl Inner {
     ) -> Self {
         Self {
             fs,
+            compression: Mutex::new(options.compression),
             options,
             id,
             _lock: lock,
             state: Mutex::new(State::default()),
         }
+    }
+
+    pub(super) fn compression(&self) -> Compression {
+        *self
+            .compression
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {

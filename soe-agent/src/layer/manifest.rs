@@ -361,17 +361,22 @@ pub(crate) fn encode(manifest: &GroupManifest) -> Result<Vec<u8>, LayerError> {
     let body = serde_json::to_vec(manifest).map_err(|error| LayerError::BadRequest {
         what: format!("cannot write the manifest: {error}"),
     })?;
+    Ok(seal(&body))
+}
+
+/// The bytes of a manifest file around its body.
+pub(super) fn seal(body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER_LEN + body.len() + 36);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());
     bytes.extend_from_slice(&0u16.to_le_bytes());
     bytes.extend_from_slice(&0u32.to_le_bytes());
     bytes.extend_from_slice(&(body.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(&body);
+    bytes.extend_from_slice(body);
     let hash = Domain::new(HASH_PURPOSE).hash(&[&bytes]);
     bytes.extend_from_slice(&hash.0);
     bytes.extend_from_slice(&0u32.to_le_bytes());
-    Ok(bytes)
+    bytes
 }
 
 /// Reads the bytes of the manifest file `path`.

@@ -1,6 +1,6 @@
 //! The store: opens a folder, knows its groups, begins attempts, collects garbage.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use uuid::Uuid;
 
@@ -128,6 +128,15 @@ impl LayerStore {
     /// The store's identity.
     pub fn id(&self) -> Uuid {
         self.inner.id
+    }
+
+    /// Compresses layers that are begun from now on another way.
+    pub fn set_compression(&self, compression: Compression) {
+        *self
+            .inner
+            .compression
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = compression;
     }
 
     /// Where the store is, for messages.

@@ -90,14 +90,8 @@ impl QuantileForecast {
     /// The probability that a burst begins in any of the bins `from..to`.
     pub fn onset_within(&self, from: usize, to: usize) -> f64 {
         let to = to.min(self.onset.len());
-        let none: f64 = self
-            .onset
-            .get(from.min(to)..to)
-            .unwrap_or_default()
-            .iter()
-            .map(|p| 1.0 - f64::from(p.clamp(0.0, 1.0)))
-            .product();
-        1.0 - none
+        let bins = self.onset.get(from.min(to)..to).unwrap_or_default();
+        any_of(bins.iter().map(|p| f64::from(*p)))
     }
 
     /// The probability that a burst begins within the first [`SHORT_HORIZON`] bins: the
@@ -108,12 +102,11 @@ impl QuantileForecast {
 
     /// The first bin at which a burst is expected with at least the probability `alarm`.
     ///
-    /// An onset's time is never exact, so the probability is gathered over `spread` bins. The
+    /// An onset's time is never exact, so the probability is gathered over [`ONSET_BINS`] bins. The
     /// answer is the first bin that carries a fair part of it, and the gathered probability.
-    pub fn next_onset(&self, alarm: f64, spread: usize) -> Option<(usize, f64)> {
-        let spread = spread.max(1);
+    pub fn next_onset(&self, alarm: f64) -> Option<(usize, f64)> {
         (0..self.onset.len()).find_map(|from| {
-            let to = (from + spread).min(self.onset.len());
+            let to = (from + ONSET_BINS).min(self.onset.len());
             let gathered = self.onset_within(from, to);
             if gathered < alarm {
                 return None;
@@ -128,6 +121,16 @@ impl QuantileForecast {
 
 /// Bins the network forecasts, and over which members are judged.
 pub const SHORT_HORIZON: usize = 12;
+
+/// Bins over which the probability of an onset is gathered and judged: half an hour of five-minute
+/// bins.
+pub const ONSET_BINS: usize = 6;
+
+/// The probability of any of these onsets. They are other times of one burst, not other bursts: one
+/// that begins in a bin does not begin in its neighbours. So the probabilities add.
+pub(crate) fn any_of(onsets: impl Iterator<Item = f64>) -> f64 {
+    onsets.map(|p| p.clamp(0.0, 1.0)).sum::<f64>().min(1.0)
+}
 
 /// Why a member serves a volume, for status and `soe model show`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

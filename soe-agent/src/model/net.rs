@@ -5,7 +5,7 @@
 //! same network wherever it is trained.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
@@ -40,6 +40,9 @@ pub struct Budget {
     pub max_steps: usize,
     /// CPU time of the training thread. The result depends on the machine if this ends it.
     pub max_cpu: Option<Duration>,
+    /// Cores that it may use on average: it rests after every step until it keeps to that. More than
+    /// one makes no difference, as one thread trains.
+    pub cores: Option<f64>,
     /// Samples drawn from the histories; a sample takes about 400 bytes.
     pub max_samples: usize,
 }
@@ -49,7 +52,26 @@ impl Default for Budget {
         Self {
             max_steps: 3_000,
             max_cpu: Some(Duration::from_secs(60)),
+            cores: None,
             max_samples: 200_000,
+        }
+    }
+}
+
+impl Budget {
+    /// Sleeps until `spent` CPU time since `began` is no more than the cores allow, or until it is
+    /// cancelled.
+    fn rest(&self, began: Instant, spent: Duration, cancel: &AtomicBool) {
+        let Some(cores) = self.cores.filter(|cores| *cores > 0.0) else {
+            return;
+        };
+        let due = Duration::try_from_secs_f64(spent.as_secs_f64() / cores).unwrap_or(Duration::MAX);
+        while !cancel.load(Ordering::Relaxed) {
+            let left = due.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(100)));
         }
     }
 }
@@ -187,7 +209,7 @@ pub fn train(
     from: Option<&Trained>,
     cancel: &AtomicBool,
 ) -> Result<Trained, ModelError> {
-    let started = cpu_time();
+    let (began, started) = (Instant::now(), cpu_time());
     let too_little = |samples| ModelError::TooLittle {
         samples,
         needed: MIN_SAMPLES,
@@ -233,6 +255,7 @@ pub fn train(
             .map_or(0.0, |max| spent.as_secs_f64() / max.as_secs_f64().max(1e-9));
         let last = step == budget.max_steps || progress >= 1.0;
         run.step(progress.max(step as f64 / budget.max_steps as f64));
+        budget.rest(began, cpu_time().saturating_sub(started), cancel);
         if last || step % check_every == 0 {
             let candidate = run.weights();
             if candidate.iter().any(|w| !w.is_finite()) {
@@ -408,8 +431,24 @@ mod tests {
         Budget {
             max_steps,
             max_cpu: None,
+            cores: None,
             max_samples: 20_000,
         }
+    }
+
+    /// However slow the machine is, the time that passes is the time used times four.
+    #[test]
+    fn a_training_keeps_to_its_share_of_a_core() {
+        let data = seasonal(2, 8);
+        let budget = Budget {
+            cores: Some(0.25),
+            ..steps(20)
+        };
+        let (began, started) = (Instant::now(), cpu_time());
+        train(&data, budget, 1, None, &AtomicBool::new(false)).unwrap();
+        let (took, spent) = (began.elapsed(), cpu_time().saturating_sub(started));
+        // What is done after the last step is not rested for.
+        assert!(took >= spent * 2, "{spent:?} of CPU time within {took:?}");
     }
 
     #[test]

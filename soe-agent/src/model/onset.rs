@@ -9,11 +9,12 @@
 use std::collections::VecDeque;
 
 use super::series::{Known, SEASONS_IN_WEEK};
+use super::{ONSET_BINS, any_of};
 
 /// Number of predictors.
 const MEMBERS: usize = 3;
 /// Bins over which a prediction is judged.
-const JUDGED_BINS: usize = 6;
+const JUDGED_BINS: usize = ONSET_BINS;
 /// Onset intervals remembered.
 const MAX_INTERVALS: usize = 32;
 /// Seasons after which a judged prediction counts half.
@@ -40,8 +41,7 @@ impl OnsetMixture {
         ];
         let origin = known.next_index();
         if self.pending.back().is_none_or(|(at, _)| *at < origin) {
-            let within =
-                |p: &Vec<f64>| 1.0 - p[..JUDGED_BINS].iter().map(|p| 1.0 - p).product::<f64>();
+            let within = |p: &Vec<f64>| any_of(p[..JUDGED_BINS].iter().copied());
             self.pending
                 .push_back((origin, std::array::from_fn(|m| within(&members[m]))));
         }
@@ -171,6 +171,10 @@ pub(super) fn intervals(known: Known<'_>) -> (Vec<i64>, Option<i64>) {
 }
 
 /// Given how long ago the last burst began, how often did the next one begin after as long.
+///
+/// What is asked is the chance that it begins in a bin *and has not begun yet*: of an interval that is
+/// partly over only the part that is left counts, in the sum as in the whole. So a burst that is late
+/// stays expected until no earlier interval was as long.
 fn interval(known: Known<'_>, horizon: usize) -> Vec<f64> {
     let base = rate(known);
     let (intervals, Some(age)) = intervals(known) else {
@@ -181,13 +185,23 @@ fn interval(known: Known<'_>, horizon: usize) -> Vec<f64> {
         .into_iter()
         .filter(|i| i + reach(*i) >= age)
         .collect();
+    let left: f64 = possible
+        .iter()
+        .map(|i| {
+            let to = reach(*i);
+            (-to..=to)
+                .filter(|d| i + d >= age)
+                .map(|d| triangle(d, to))
+                .sum::<f64>()
+        })
+        .sum();
     (0..horizon as i64)
         .map(|h| {
             let hits: f64 = possible
                 .iter()
                 .map(|i| triangle(age + h - i, reach(*i)))
                 .sum();
-            (hits + base) / (possible.len() as f64 + 1.0)
+            (hits + base) / (left + 1.0)
         })
         .collect()
 }
@@ -236,6 +250,44 @@ mod tests {
         );
         let around: f32 = p[best.saturating_sub(3)..(best + 4).min(37)].iter().sum();
         assert!(around > 0.5, "{around} {p:?}");
+    }
+
+    #[test]
+    fn a_burst_that_is_late_stays_expected() {
+        // Bursts every 36 bins, give or take one; the last interval is 38 long and not over yet.
+        let starts = [12, 48, 85, 120, 157, 192];
+        let next = starts[5] + 38;
+        for early in 0..3 {
+            let now = next - early;
+            let (mut mixture, series) = run(now, 36, |i| {
+                if starts.iter().any(|s| (*s..s + 8).contains(&i)) {
+                    1e7
+                } else {
+                    1e4 * (1.0 + noise(i))
+                }
+            });
+            let p = mixture.predict(series.known(), 36);
+            let soon: f32 = p[..6].iter().sum();
+            // 38 is longer than any interval before.
+            let least = if early == 0 { 0.3 } else { 0.5 };
+            assert!(soon > least, "{early} bins before it begins: {soon}");
+        }
+    }
+
+    #[test]
+    fn three_bursts_are_enough_to_expect_the_fourth() {
+        let starts = [12, 47, 85];
+        let (mut mixture, series) = run(118, 36, |i| {
+            if starts.iter().any(|s| (*s..s + 8).contains(&i)) {
+                1e7
+            } else {
+                1e4 * (1.0 + noise(i))
+            }
+        });
+        let p = mixture.predict(series.known(), 24);
+        let soon: f32 = p[..ONSET_BINS].iter().sum();
+        let later: f32 = p[8..8 + ONSET_BINS].iter().sum();
+        assert!(soon > 0.5 && later < 0.3, "{soon} {later} {p:?}");
     }
 
     #[test]

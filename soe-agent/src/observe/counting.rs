@@ -239,7 +239,7 @@ impl DiskTrack {
         let device = Device {
             accounted: look.accounted.wrapping_sub(control.stat_base as u64),
             busy: look.busy,
-            accounts_last: !self.disk.is_bio_based(),
+            exact: !self.disk.is_bio_based(),
         };
         books::judge(accounts, slice, counters.rejected, Some(device))
     }
@@ -274,7 +274,7 @@ impl DiskTrack {
         let control = self.maps.control_copy(self.slot);
         let whole = self.reading(0)?;
         let all = (1u32 << Self::slice_count(&control)) - 1;
-        if whole.nothing_in_flight() && control.based & all == all {
+        if whole.nothing_in_flight() && control.based & all == all && self.agrees()? {
             self.forget_waiting();
             self.remember_rest(Epoch(control.epoch), &whole.misses);
             return Ok(true);
@@ -308,6 +308,17 @@ impl DiskTrack {
         Ok(self.balance(Epoch(control.epoch), &counters, &misses, look))
     }
 
+    /// Whether the device accounted just what was counted; where it is not exact, what it left out since
+    /// the last balance would hide as many sectors that were never counted as queued.
+    fn agrees(&self) -> io::Result<bool> {
+        if !self.disk.is_bio_based() {
+            return Ok(true);
+        }
+        Ok(self
+            .compare()?
+            .is_none_or(|(counted, device)| counted == device))
+    }
+
     fn balance(&self, epoch: Epoch, counters: &DiskCounters, misses: &Misses, look: Look) -> bool {
         let _one_at_a_time = self.maps.one_at_a_time();
         let mut control = self.maps.control_copy(self.slot);
@@ -323,8 +334,11 @@ impl DiskTrack {
                 }
             }
             let trusted = self.witness.trusts(look.doubt(&self.disk, counters));
-            let accounted = trusted.then(|| look.accounted.wrapping_sub(control.stat_base as u64));
-            let Some(correction) = books::at_rest(&accounts, counters.rejected, accounted) else {
+            let accounted = look.accounted.wrapping_sub(control.stat_base as u64);
+            let accounted = trusted.then_some((accounted, !self.disk.is_bio_based()));
+            let missed = control.rest_epoch != 0 && misses.complete > control.rest_misses[1];
+            let rejected = counters.rejected;
+            let Some(correction) = books::at_rest(&accounts, rejected, accounted, missed) else {
                 self.wait_for_held(counters);
                 return false;
             };
@@ -410,8 +424,15 @@ impl DiskTrack {
     }
 
     /// What the programs counted and what the device accounted since the base, in sectors. `None`
-    /// while the disk is not at rest or keeps no statistics.
+    /// while the disk is not at rest, keeps no statistics, or is known to leave writes out of them.
     pub fn audit(&self) -> io::Result<Option<(u64, u64)>> {
+        let vague = self.disk.is_bio_based();
+        Ok(self
+            .compare()?
+            .filter(|(counted, device)| !vague || device >= counted))
+    }
+
+    fn compare(&self) -> io::Result<Option<(u64, u64)>> {
         let before = match self.reading(0) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(None),
             reading => reading?,

@@ -1,7 +1,8 @@
 //! Block events in: the eBPF half, recorded traces, and the volumes they belong to.
 //!
 //! `bpf` loads the programs, `tracker` attaches, pins and adopts them, `disk` reads and steers one
-//! disk's maps, `counting` its write counters, `volumes` finds out what a name stands for.
+//! disk's maps, `counting` its write counters, `volumes` finds out what a name stands for, `uevents`
+//! hears of devices that come and go.
 
 pub mod bpf;
 pub mod cgroups;
@@ -12,6 +13,7 @@ mod maps;
 pub mod ring;
 pub mod syscalls;
 pub mod tracker;
+pub mod uevents;
 pub mod volumes;
 
 /// Errors of the kernel half and of the volumes it watches.

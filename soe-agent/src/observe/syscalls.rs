@@ -473,11 +473,6 @@ impl Mapped {
         Ok(Self { start, bytes })
     }
 
-    /// Bytes mapped.
-    pub fn len(&self) -> usize {
-        self.bytes
-    }
-
     /// The address of a `T` at byte `offset`.
     ///
     /// Panics when it would not lie within the mapping or not be aligned, which only a mistake in

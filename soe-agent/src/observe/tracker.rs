@@ -79,8 +79,7 @@ pub struct Tracker {
 /// Makes sure that `root` is a folder on a bpffs, mounting one when none is there.
 fn prepare_pin_root(root: &Path) -> Result<(), TrackerError> {
     const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-    let is_bpffs =
-        |path: &Path| rustix::fs::statfs(path).is_ok_and(|s| s.f_type as i64 == BPF_FS_MAGIC);
+    let is_bpffs = |path: &Path| rustix::fs::statfs(path).is_ok_and(|s| s.f_type == BPF_FS_MAGIC);
     let mount = Path::new("/sys/fs/bpf");
     if root.starts_with(mount) && !is_bpffs(mount) {
         rustix::mount::mount(

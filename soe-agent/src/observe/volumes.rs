@@ -115,6 +115,20 @@ impl Disk {
             })
     }
 
+    /// A disk that exists nowhere.
+    #[cfg(test)]
+    pub(crate) fn for_tests(diskseq: u64, sectors: u64) -> Self {
+        Self {
+            name: "none".into(),
+            diskseq,
+            sectors,
+            flags: 0,
+            hidden_paths: Vec::new(),
+            mapping: 0,
+            sys: PathBuf::from("/nonexistent"),
+        }
+    }
+
     /// Whether bios complete without becoming requests.
     pub fn is_bio_based(&self) -> bool {
         self.flags & DISK_BIO_BASED != 0

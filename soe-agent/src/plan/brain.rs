@@ -163,6 +163,13 @@ impl Brain {
                 self.training.running = false;
                 self.training.last = Some(now);
             }
+            Event::Reconfigured { config } => {
+                self.config = PlannerConfig {
+                    scale: self.config.scale,
+                    burst: self.config.burst,
+                    ..*config
+                };
+            }
             Event::VolumeGone { volume } => {
                 self.volumes.remove(&volume);
             }

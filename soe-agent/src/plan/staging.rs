@@ -42,11 +42,17 @@ pub fn next_burst(
     let Some(forecast) = forecast else {
         return announced;
     };
-    let spread = 2 * config.scale.clock_tolerance() + 1;
+    // A bin that has begun is not over: a burst expected in it may come at any moment.
+    let bin = config.scale.bin_nanos();
+    let start = |h: usize| {
+        let start = forecast.start_of(h);
+        (start.saturating_add(bin) > now).then_some(start.max(now))
+    };
     let by_onset = forecast
-        .next_onset(config.staging.alarm, spread)
-        .map(|(h, probability)| ExpectedBurst {
-            at: forecast.start_of(h),
+        .next_onset(config.staging.alarm)
+        .and_then(|(h, probability)| Some((start(h)?, probability)))
+        .map(|(at, probability)| ExpectedBurst {
+            at,
             probability,
             reason: format!("earlier bursts foretell one with probability {probability:.2}"),
         });
@@ -55,21 +61,25 @@ pub fn next_burst(
         .iter()
         .position(|row| f64::from(row[Q50]) > forecast.burst_threshold)
         .filter(|h| *h > 0)
-        .map(|h| ExpectedBurst {
-            at: forecast.start_of(h),
+        .and_then(start)
+        .map(|at| ExpectedBurst {
+            at,
             probability: 0.5,
             reason: "the forecast's median rises above the burst threshold".to_owned(),
         });
     [announced, by_onset, by_load]
         .into_iter()
         .flatten()
-        .filter(|b| b.at > now)
         .min_by_key(|b| b.at)
 }
 
 /// What staging has been doing for one volume.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StagingState {
+    /// When the copying under way, or the last one, began.
+    pub began: UnixNanos,
+    /// How long copying took of late; `None` before the first time.
+    pub takes: Option<i64>,
     /// Whether blocks are being copied.
     pub running: bool,
     /// The burst staged for last.
@@ -103,8 +113,10 @@ pub fn should_start(
     {
         return None;
     }
-    let copy = staging.budget_bytes as f64 / staging.rate.max(1.0) * 1e9;
-    let lead = nanos(config.scale.bin()).saturating_add(copy as i64);
+    // What was seen says more than what is allowed, of both the disk and the amount.
+    let most = (staging.budget_bytes as f64 / staging.rate.max(1.0) * 1e9) as i64;
+    let copy = state.takes.unwrap_or(most);
+    let lead = nanos(config.scale.bin()).saturating_add(copy);
     if now < burst.at.saturating_sub(lead) {
         return None;
     }
@@ -112,7 +124,7 @@ pub fn should_start(
         "{}; it begins in {}, copying takes up to {}",
         burst.reason,
         Span(burst.at - now),
-        Span(copy as i64)
+        Span(copy)
     ))
 }
 

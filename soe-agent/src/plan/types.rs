@@ -9,6 +9,7 @@ use crate::model::burst::BurstRule;
 use crate::model::name::Name;
 use crate::model::{LoadBin, QuantileForecast, TimeScale, VolumeName};
 use crate::seam::UnixNanos;
+use crate::window::EventRow;
 
 /// The name of a snapshot group.
 pub type GroupName = Name;
@@ -116,6 +117,17 @@ pub struct ExternalEvent {
     pub burst_expected_at: Option<UnixNanos>,
 }
 
+impl From<EventRow> for ExternalEvent {
+    fn from(row: EventRow) -> Self {
+        Self {
+            id: row.id,
+            kind: row.kind,
+            volumes: row.volumes.iter().map(|v| VolumeName::from(&**v)).collect(),
+            burst_expected_at: row.expected,
+        }
+    }
+}
+
 /// Everything that can happen to the brain.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -195,7 +207,7 @@ pub enum Event {
     StagingFinished {
         /// The volume.
         volume: VolumeName,
-        /// Bytes staged, or why it failed.
+        /// Bytes copied, or why it failed.
         outcome: Result<u64, String>,
     },
     /// An event from outside arrived.
@@ -204,6 +216,11 @@ pub enum Event {
     TrainingFinished {
         /// The promotion's reason, or why it failed.
         outcome: Result<String, String>,
+    },
+    /// The planner's settings changed. The time scale stays: it is fixed when the agent starts.
+    Reconfigured {
+        /// The new settings.
+        config: Box<PlannerConfig>,
     },
     /// A volume is gone.
     VolumeGone {

@@ -1,3 +1,4 @@
 //! What this kernel and host can do.
 
 pub mod btf;
+pub mod support;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use soe_common::record::DiskStats;
@@ -11,6 +11,7 @@ use tokio::sync::{broadcast, oneshot};
 
 use super::ServiceError;
 use super::state::{Group, State, StateLock, boot_id};
+use super::steps::Moment;
 use crate::api::engine::EngineError;
 use crate::api::types::{Decision, LayerInfo, WatchEvent, WatchItem};
 use crate::capture::guard::marker;
@@ -28,7 +29,7 @@ use crate::observe::disk::{DiskTrack, SliceMap};
 use crate::observe::tracker::{Start, Tracker, TrackerOptions};
 use crate::observe::volumes::{self, Volume};
 use crate::plan::{Brain, PlannerConfig};
-use crate::seam::{ChangeMap, Clock, GenerationEnd, UnixNanos};
+use crate::seam::{ChangeMap, Clock, GenerationEnd};
 use crate::stage::area::StageArea;
 use crate::stage::score::{HeatMap, ScoreConfig};
 use crate::window::{Name, VolumeWindow};
@@ -49,7 +50,7 @@ pub(super) struct Mind {
 /// What the sampler keeps of one volume between two windows.
 pub(super) struct Sampling {
     /// The totals at the end of the last window, and when that was.
-    pub(super) last: Option<(UnixNanos, Vec<DiskStats>)>,
+    pub(super) last: Option<(Moment, Vec<DiskStats>)>,
     /// The bin being filled: its index and what is in it.
     pub(super) bin: Option<(i64, LoadBin)>,
     /// Heat totals at the last heat interval.
@@ -70,7 +71,8 @@ pub(super) struct Entry {
     pub(super) settling: Mutex<PathSettling>,
     pub(super) sampling: Mutex<Sampling>,
     pub(super) heat: Mutex<HeatMap>,
-    pub(super) staging: AtomicBool,
+    /// How often staging was cancelled: copying goes on while this is what it was when it was asked for.
+    pub(super) staging_cancels: AtomicU64,
     pub(super) last_decision: Mutex<Option<Decision>>,
 }
 
@@ -79,18 +81,22 @@ type Waiter = oneshot::Sender<Result<Vec<LayerInfo>, EngineError>>;
 /// The running agent.
 pub struct Agent {
     _state_lock: StateLock,
-    pub(super) config: Config,
+    config: RwLock<Arc<Config>>,
     pub(super) scale: TimeScale,
     pub(super) clock: Arc<SystemClock>,
     pub(super) tracker: Tracker,
     pub(super) store: LayerStore,
     pub(super) history: HistoryStore,
     pub(super) guard: Mutex<Option<Arc<FreezeGuard>>>,
+    /// The page that says what the guard holds.
+    marker: PathBuf,
     pub(super) area: Option<StageArea>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) mind: Mutex<Mind>,
     pub(super) state: Mutex<State>,
     pub(super) entries: Mutex<BTreeMap<String, Arc<Entry>>>,
+    /// Entries of volumes that are gone, as long as somebody still works with them.
+    pub(super) parted: Mutex<Vec<Arc<Entry>>>,
     pub(super) waiters: Mutex<BTreeMap<String, Vec<Waiter>>>,
     pub(super) errors: Mutex<BTreeMap<String, String>>,
     pub(super) watch: broadcast::Sender<WatchItem>,
@@ -98,6 +104,8 @@ pub struct Agent {
     pub(super) ready: AtomicBool,
     /// Held by the capture that is under way.
     pub(super) capture_turn: Mutex<()>,
+    /// Held by the call that takes an event.
+    pub(super) event_turn: Mutex<()>,
     /// Whether a volume is being recorded.
     pub(super) recording: Mutex<bool>,
     /// Jobs on threads of their own, joined at the end.
@@ -146,13 +154,7 @@ impl Agent {
             ..TrackerOptions::default()
         })?;
         tracing::info!(start = ?tracker.start(), "kernel programs are attached");
-        let compression = match config.store.compression {
-            Compression::None => crate::layer::Compression::Raw,
-            Compression::Zstd(1) => crate::layer::Compression::Zstd1,
-            Compression::Zstd(level) => {
-                return Err(ServiceError::Compression { level });
-            }
-        };
+        let compression = layer_compression(&config)?;
         let fs = DirFs::create(&config.store_dir()).map_err(|source| ServiceError::Folder {
             path: config.store_dir(),
             source,
@@ -165,11 +167,7 @@ impl Agent {
             },
         )?;
         let history = HistoryStore::open(StoreConfig {
-            retention: Retention {
-                max_age: Some(config.history.retention),
-                max_bytes: Some(config.history.max_size),
-                min_free_bytes: Some(config.history.min_free),
-            },
+            retention: retention(&config),
             ..StoreConfig::new(config.history_dir())
         })?;
         let area = match &config.staging.path {
@@ -187,16 +185,7 @@ impl Agent {
                 }
             }
         }
-        let mut planner = PlannerConfig::new(scale);
-        planner.tick = config.plan.tick;
-        planner.baseline_every = config.plan.baseline_every;
-        planner.train_every = config.model.train_every;
-        planner.train_after = config.model.train_after;
-        planner.earliest_share = config.plan.earliest;
-        planner.idle = config.plan.idle as f64;
-        planner.staging.enabled = area.is_some();
-        planner.staging.alarm = config.plan.stage_above;
-        planner.staging.budget_bytes = config.staging.budget;
+        let planner = planner_config(&config, scale, area.is_some());
         let (watch, _) = broadcast::channel(WATCH_BACKLOG);
         let agent = Self {
             _state_lock: state_lock,
@@ -206,6 +195,7 @@ impl Agent {
             store,
             history,
             guard: Mutex::new(Some(Arc::new(guard))),
+            marker,
             area,
             metrics,
             mind: Mutex::new(Mind {
@@ -214,35 +204,47 @@ impl Agent {
             }),
             state: Mutex::new(state),
             entries: Mutex::default(),
+            parted: Mutex::default(),
             waiters: Mutex::default(),
             errors: Mutex::default(),
             watch,
             stopping: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             capture_turn: Mutex::new(()),
+            event_turn: Mutex::new(()),
             recording: Mutex::new(false),
             jobs: Mutex::default(),
-            config,
+            config: RwLock::new(Arc::new(config)),
         };
         agent.adopt_groups();
         agent.prime();
+        agent.recall_announcements();
         agent.ready.store(true, Ordering::SeqCst);
         Ok(agent)
     }
 
-    /// Goes on with the groups of before. A volume that is not there now is reported and tried again
-    /// with every sampling.
+    /// The configuration that is in effect.
+    pub(super) fn config(&self) -> Arc<Config> {
+        self.config
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Puts another configuration into effect, as far as it is asked for anew each time.
+    pub(super) fn set_config(&self, config: Arc<Config>) {
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+    }
+
+    /// Goes on with the groups of before. A volume that is not there now is reported, and tracked when
+    /// it comes.
     fn adopt_groups(&self) {
         let groups: Vec<Group> = lock(&self.state).groups.values().cloned().collect();
-        let mut keep = Vec::new();
         for group in &groups {
             for name in &group.volumes {
-                match self.adopt_volume(name) {
-                    Ok(entry) => keep.push(entry.volume.disk.diskseq),
-                    Err(error) => {
-                        tracing::error!(group = group.name, volume = name, %error, "the volume cannot be tracked now");
-                        lock(&self.errors).insert(group.name.clone(), error.to_string());
-                    }
+                if let Err(error) = self.adopt_volume(name) {
+                    tracing::error!(group = group.name, volume = name, %error, "the volume cannot be tracked now");
+                    lock(&self.errors).insert(group.name.clone(), error.to_string());
                 }
             }
             match self.store.unreadable(&group.name) {
@@ -257,7 +259,7 @@ impl Agent {
             }
             self.tell_brain_of(group);
         }
-        if let Err(error) = self.tracker.retain(|diskseq| keep.contains(&diskseq)) {
+        if let Err(error) = self.give_slots_back() {
             tracing::warn!(%error, "disks that no group needs are still tracked");
         }
     }
@@ -285,23 +287,32 @@ impl Agent {
 
     /// Begins (or goes on) tracking a volume.
     pub(super) fn adopt_volume(&self, name: &str) -> Result<Arc<Entry>, ServiceError> {
-        if let Some(entry) = lock(&self.entries).get(name) {
-            return Ok(entry.clone());
+        if let Some(entry) = self.entry(name) {
+            return Ok(entry);
         }
         let volume = volumes::resolve(std::path::Path::new(name))?;
+        self.wait_until_free(&volume);
+        let last_boot = lock(&self.state).boot_id.clone();
+        // Held until the entry is in it, so that nobody takes its slot for one that is not needed.
+        let mut entries = lock(&self.entries);
+        if let Some(entry) = entries.get(name) {
+            return Ok(entry.clone());
+        }
+        self.refuse_while_held(&volume)?;
         let (track, began) = self.tracker.track(&volume.disk)?;
         let map = SliceMap::new(track.clone(), name, volume.start, volume.end)?;
         let rate = self.ceiling();
         // Why a generation began while nobody looked, if one did: the newest layer knows the old one.
         let reason = match began {
             Some(end @ (GenerationEnd::Resize | GenerationEnd::Remapped)) => end,
-            Some(_) if lock(&self.state).boot_id.is_empty() => GenerationEnd::First,
-            Some(_) if lock(&self.state).boot_id != boot_id() => GenerationEnd::GapBoot,
+            Some(_) if last_boot.is_empty() => GenerationEnd::First,
+            Some(_) if last_boot != boot_id() => GenerationEnd::GapBoot,
             Some(_) => GenerationEnd::GapMiss,
             None => GenerationEnd::First,
         };
         // The first window begins now; what the kernel counted while no agent ran belongs to none.
-        let last = track.stats().ok().map(|stats| (self.clock.now(), stats));
+        let last = track.stats().ok();
+        let last = last.map(|stats| (Moment::now(&*self.clock), stats));
         let region = soe_common::SECTOR_SIZE << track.geometry().region_shift;
         let entry = Arc::new(Entry {
             name: name.to_string(),
@@ -319,19 +330,19 @@ impl Agent {
                 half_life: self.scale.season(),
                 ..ScoreConfig::default()
             })),
-            staging: AtomicBool::new(false),
+            staging_cancels: AtomicU64::new(0),
             last_decision: Mutex::new(None),
             volume,
             map,
             track,
         });
-        lock(&self.entries).insert(name.to_string(), entry.clone());
+        entries.insert(name.to_string(), entry.clone());
         Ok(entry)
     }
 
     /// Bytes a second that background reads of one volume may take at most.
     pub(super) fn ceiling(&self) -> u64 {
-        match self.config.limits.capture_bandwidth {
+        match self.config().limits.capture_bandwidth {
             Bandwidth::Auto => FASTEST,
             Bandwidth::BytesPerSecond(rate) => rate,
         }
@@ -381,13 +392,13 @@ impl Agent {
     pub(super) fn rpo(&self, group: &Group) -> Duration {
         group
             .rpo_s
-            .map_or(self.config.plan.rpo, Duration::from_secs)
+            .map_or(self.config().plan.rpo, Duration::from_secs)
     }
 
     pub(super) fn max_pause(&self, group: &Group) -> Duration {
         group
             .max_pause_us
-            .map_or(self.config.plan.max_pause, Duration::from_micros)
+            .map_or(self.config().plan.max_pause, Duration::from_micros)
     }
 
     /// Feeds the forecasters with the history of before, as far back as they remember.
@@ -446,19 +457,19 @@ impl Agent {
     pub(super) fn protected(&self) -> Vec<ProtectedPath> {
         let mut paths = vec![
             ProtectedPath {
-                path: self.config.state_dir(),
+                path: self.config().state_dir(),
                 role: "the agent's state".into(),
             },
             ProtectedPath {
-                path: self.config.store_dir(),
+                path: self.config().store_dir(),
                 role: "the layer store".into(),
             },
             ProtectedPath {
-                path: self.config.history_dir(),
+                path: self.config().history_dir(),
                 role: "the history".into(),
             },
         ];
-        if let Some(path) = &self.config.staging.path {
+        if let Some(path) = &self.config().staging.path {
             paths.push(ProtectedPath {
                 path: path.clone(),
                 role: "the staging area".into(),
@@ -470,7 +481,12 @@ impl Agent {
     /// Keeps a change of the groups.
     pub(super) fn save_state(&self) -> Result<(), ServiceError> {
         let state = lock(&self.state).clone();
-        Ok(state.save(&self.config.state_dir().join("state.json"))?)
+        Ok(state.save(&self.config().state_dir().join("state.json"))?)
+    }
+
+    /// All entries. A loop over them must not hold their lock: what it does may ask for an entry.
+    pub(super) fn all_entries(&self) -> Vec<Arc<Entry>> {
+        lock(&self.entries).values().cloned().collect()
     }
 
     pub(super) fn entry(&self, name: &str) -> Option<Arc<Entry>> {
@@ -489,9 +505,27 @@ impl Agent {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    /// The freeze guard, started again when it has ended.
+    /// The freeze guard; `None` when the agent is closing.
     pub(super) fn guard(&self) -> Option<Arc<FreezeGuard>> {
         lock(&self.guard).clone()
+    }
+
+    /// Starts another freeze guard in the place of one that failed.
+    pub(super) fn replace_guard(&self) {
+        let mut guard = lock(&self.guard);
+        if guard.is_none() {
+            // The agent is closing.
+            return;
+        }
+        match spawn_guard(&self.marker) {
+            Ok(fresh) => {
+                tracing::warn!("the freeze guard failed and was started anew");
+                *guard = Some(Arc::new(fresh));
+            }
+            Err(error) => {
+                tracing::error!(%error, "the freeze guard failed and cannot be started anew; captures hold nobody until it can")
+            }
+        }
     }
 
     /// How tracking began.
@@ -501,13 +535,13 @@ impl Agent {
 
     /// Host name for the history.
     pub(super) fn host(&self) -> Name {
-        self.config.host_name().into()
+        self.config().host_name().into()
     }
 
     /// Ends background work, writes out the history, and saves which boot this was.
     pub fn close(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        for entry in lock(&self.entries).values() {
+        for entry in self.all_entries() {
             entry.pace.cancel();
         }
         let jobs = std::mem::take(&mut *lock(&self.jobs));
@@ -522,8 +556,12 @@ impl Agent {
         if let Err(error) = self.save_state() {
             tracing::error!(%error, "the state could not be saved");
         }
-        // The guard ends with its socket.
-        lock(&self.guard).take();
+        // The guard ends with its socket; when it has ended it holds nothing, so there is nothing to note.
+        let guard = lock(&self.guard).take().and_then(Arc::into_inner);
+        if let Some(guard) = guard {
+            drop(guard);
+            let _ = std::fs::remove_file(&self.marker);
+        }
     }
 
     /// Ends the present generation of a volume: its next layer is a rescan.
@@ -546,6 +584,41 @@ impl Agent {
         });
         Ok(())
     }
+}
+
+/// The store's word for `store.compression`.
+pub(super) fn layer_compression(
+    config: &Config,
+) -> Result<crate::layer::Compression, ServiceError> {
+    match config.store.compression {
+        Compression::None => Ok(crate::layer::Compression::Raw),
+        Compression::Zstd(1) => Ok(crate::layer::Compression::Zstd1),
+        Compression::Zstd(level) => Err(ServiceError::Compression { level }),
+    }
+}
+
+/// What is kept of the history.
+pub(super) fn retention(config: &Config) -> Retention {
+    Retention {
+        max_age: Some(config.history.retention),
+        max_bytes: Some(config.history.max_size),
+        min_free_bytes: Some(config.history.min_free),
+    }
+}
+
+/// The planner's settings; without a staging area nothing is staged.
+pub(super) fn planner_config(config: &Config, scale: TimeScale, has_area: bool) -> PlannerConfig {
+    let mut planner = PlannerConfig::new(scale);
+    planner.tick = config.plan.tick;
+    planner.baseline_every = config.plan.baseline_every;
+    planner.train_every = config.model.train_every;
+    planner.train_after = config.model.train_after;
+    planner.earliest_share = config.plan.earliest;
+    planner.idle = config.plan.idle as f64;
+    planner.staging.enabled = has_area;
+    planner.staging.alarm = config.plan.stage_above;
+    planner.staging.budget_bytes = config.staging.budget;
+    planner
 }
 
 /// Folder of the pins; tests and second agents on one host choose another.

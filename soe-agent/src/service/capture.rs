@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::agent::{Agent, Entry, lock};
+use super::hotplug::{Found, look};
 use super::report::{layer_info, layer_row};
 use super::sampler::{WindowOf, window};
 use super::sink::{StoreSink, VolumeFacts, base_of};
@@ -13,8 +14,8 @@ use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{LayerInfo, WatchEvent};
 use crate::capture::mounts::Mounts;
 use crate::capture::{
-    CaptureError, CaptureParts, CapturePolicy, CaptureRequest, FreezeError, FreezeGuard,
-    VolumeFreezer, VolumeParts, capture_group,
+    CaptureError, CaptureParts, CapturePolicy, CaptureRequest, FreezeError, FreezeGuard, Method,
+    Thawed, VolumeFreezer, VolumeParts, capture_group,
 };
 use crate::govern::{GuardLimits, LatencyGuard};
 use crate::io::{ReadOptions, VolumeSpec, open_reader};
@@ -38,6 +39,15 @@ impl Failed {
             kind,
             message: error.to_string(),
         }
+    }
+}
+
+/// Tells the threads that watch the foreground that the capture is over.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 
@@ -71,7 +81,18 @@ impl Agent {
             group: group.into(),
         });
         let began = self.clock.monotonic();
-        let outcome = self.capture(group, kind, hints);
+        let work = || self.capture(group, kind, hints);
+        // A panic must not leave the group "being captured", nor its callers without an answer.
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(
+            |_| {
+                Err(Failed {
+                    kind: ErrorKind::Internal,
+                    message: format!(
+                        "capture of {group}: the agent made a mistake (its log tells where); nothing became a layer"
+                    ),
+                })
+            },
+        );
         drop(turn);
         let took = self.clock.monotonic() - began;
         let kind_name = match kind {
@@ -118,10 +139,7 @@ impl Agent {
                 Err(EngineError::new(failed.kind, failed.message))
             }
         };
-        for waiter in lock(&self.waiters).remove(group).unwrap_or_default() {
-            // A caller that went away needs no answer.
-            let _ = waiter.send(reply.clone());
-        }
+        self.answer_waiters(group, &reply);
     }
 
     fn capture(
@@ -149,13 +167,13 @@ impl Agent {
             .store
             .free_space()
             .map_err(|e| Failed::new(ErrorKind::Internal, &e))?;
-        if free < self.config.store.min_free {
+        if free < self.config().store.min_free {
             return Err(Failed {
                 kind: ErrorKind::Exhausted,
                 message: format!(
                     "capture of {group}: only {free} bytes are free in {}, {} are to stay free; make room or lower store.min_free",
                     self.store.describe(),
-                    self.config.store.min_free
+                    self.config().store.min_free
                 ),
             });
         }
@@ -181,8 +199,15 @@ impl Agent {
             })
             .collect();
         let mut sink = StoreSink::new(&self.store, group, &*self.clock, facts);
-        let guard = self.guard();
-        let freezer = match guard.as_deref().map(|guard| self.freezer(guard, &entries)) {
+        let mut guard = self.guard();
+        let mut freezer = guard.as_deref().map(|guard| self.freezer(guard, &entries));
+        if let Some(Err(FreezeError::Guard { .. })) = freezer {
+            drop(freezer);
+            self.replace_guard();
+            guard = self.guard();
+            freezer = guard.as_deref().map(|guard| self.freezer(guard, &entries));
+        }
+        let freezer = match freezer {
             Some(Ok(freezer)) => freezer,
             Some(Err(error @ FreezeError::Protected { .. })) => {
                 return Err(Failed::new(ErrorKind::Unsafe, &error));
@@ -228,39 +253,48 @@ impl Agent {
                 } else {
                     Duration::from_secs(2)
                 },
-                memory_limit: self.config.limits.memory / 4,
+                memory_limit: self.config().limits.memory / 4,
                 ..CapturePolicy::default()
             },
         };
         let done = &AtomicBool::new(false);
         let cut = std::thread::scope(|scope| {
+            // Also when the capture panics: the scope waits for its threads.
+            let _done = SetOnDrop(done);
             for entry in &entries {
                 let target = hints.p99_target;
                 scope.spawn(move || self.guard_foreground(entry, target, done));
             }
-            let cut = capture_group(&parts, &request, &mut sink);
-            done.store(true, Ordering::SeqCst);
-            cut
-        })
-        .map_err(|error| self.capture_failed(&entries, error))?;
+            capture_group(&parts, &request, &mut sink)
+        });
+        if let Some(freezer) = &freezer {
+            self.count_pauses(group, &freezer.pauses(), hints.max_pause);
+        }
+        let cut = cut.map_err(|error| self.capture_failed(&entries, error))?;
         let Some(manifest) = sink.manifest.take() else {
             return Err(Failed {
                 kind: ErrorKind::Internal,
                 message: "the capture ended without a manifest".into(),
             });
         };
-        if cut.budget_missed > 0 {
-            self.metrics
-                .capture_missed_budgets
-                .with([group])
-                .inc_by(u64::from(cut.budget_missed));
-            if let Some(state) = lock(&self.state).groups.get_mut(group) {
-                state.missed_pause_budgets += u64::from(cut.budget_missed);
-            }
-            if let Err(error) = self.save_state() {
-                tracing::warn!(%error, "the count of missed pause budgets could not be saved");
-            }
-        }
+        let won = u64::from(cut.method == Method::Optimistic);
+        let optimistic = self.metrics.capture_optimistic.clone();
+        optimistic.with([group, "won"]).inc_by(won);
+        optimistic
+            .with([group, "lost"])
+            .inc_by(u64::from(cut.optimistic_tries) - won);
+        tracing::info!(
+            group,
+            sequence = manifest.sequence,
+            method = ?cut.method,
+            pause_us = cut.pause.as_micros() as u64,
+            wasted_us = cut.wasted_pause.as_micros() as u64,
+            window_us = cut.window.as_micros() as u64,
+            passes = cut.passes,
+            tries = cut.tries,
+            budget_missed = cut.budget_missed,
+            "captured"
+        );
         let mut layers = Vec::new();
         for layer in &manifest.volumes {
             let info = layer_info(&manifest, layer);
@@ -282,13 +316,41 @@ impl Agent {
             self.tell(WatchEvent::Layer(Box::new(info.clone())));
             layers.push(info);
         }
-        if let Some(first) = layers.first() {
-            self.metrics.capture_pause.observe(
-                [group, first.method.as_str()],
-                Duration::from_micros(first.pause_us).as_secs_f64(),
-            );
+        if cut.method == Method::Optimistic {
+            self.metrics
+                .capture_pause
+                .observe([group, "optimistic"], 0.0);
         }
         Ok(layers)
+    }
+
+    /// Counts every time writers were held, also where it led to no layer.
+    fn count_pauses(&self, group: &str, pauses: &[Thawed], budget: Duration) {
+        for thawed in pauses {
+            self.metrics
+                .capture_pause
+                .observe([group, "freeze"], thawed.pause.as_secs_f64());
+            tracing::info!(
+                group,
+                pause_us = thawed.pause.as_micros() as u64,
+                intact = thawed.intact,
+                "writers were held"
+            );
+        }
+        let missed = pauses.iter().filter(|t| t.pause > budget).count() as u64;
+        if missed == 0 {
+            return;
+        }
+        self.metrics
+            .capture_missed_budgets
+            .with([group])
+            .inc_by(missed);
+        if let Some(state) = lock(&self.state).groups.get_mut(group) {
+            state.missed_pause_budgets += missed;
+        }
+        if let Err(error) = self.save_state() {
+            tracing::warn!(%error, "the count of missed pause budgets could not be saved");
+        }
     }
 
     /// Sets the pace of a capture by what the volume's own users feel, until `done`.
@@ -328,20 +390,23 @@ impl Agent {
 
     /// Ends the generation of a volume whose map may lack changes, also when its counters and the
     /// device's own statistics disagree.
-    fn check_generation(&self, entry: &Entry) -> Result<(), Failed> {
+    fn check_generation(&self, entry: &Arc<Entry>) -> Result<(), Failed> {
         let internal = |e: super::ServiceError| Failed::new(ErrorKind::Internal, &e);
+        match look(entry) {
+            Found::Same => {}
+            Found::Gone(message) => {
+                self.part_with(entry);
+                return Err(Failed {
+                    kind: ErrorKind::Internal,
+                    message,
+                });
+            }
+            Found::Other(_) => return Err(self.became_another(entry)),
+        }
         match entry.map.tracking() {
             Tracking::Complete => {}
             Tracking::Tainted(GenerationEnd::Remapped | GenerationEnd::Resize) => {
-                // Another device or another size: the slot must be laid out anew.
-                lock(&self.entries).remove(&entry.name);
-                return Err(Failed {
-                    kind: ErrorKind::Conflict,
-                    message: format!(
-                        "{} became another device or changed its size; it is tracked anew, capture again",
-                        entry.name
-                    ),
-                });
+                return Err(self.became_another(entry));
             }
             Tracking::Tainted(reason) => self.end_generation(entry, reason).map_err(internal)?,
             Tracking::Detached => self
@@ -364,6 +429,18 @@ impl Agent {
                 .map_err(internal)?;
         }
         Ok(())
+    }
+
+    /// Another device or another size: the slot must be laid out anew.
+    fn became_another(&self, entry: &Arc<Entry>) -> Failed {
+        self.part_with(entry);
+        Failed {
+            kind: ErrorKind::Conflict,
+            message: format!(
+                "{} became another device or changed its size; it is tracked anew, capture again",
+                entry.name
+            ),
+        }
     }
 
     fn settled_failures(&self, entry: &Entry) -> u64 {
@@ -408,6 +485,7 @@ impl Agent {
             CaptureError::MissedBeforeFirstCut { volume, .. } => {
                 end(volume, GenerationEnd::GapMiss)
             }
+            CaptureError::Freeze(FreezeError::Guard { .. }) => self.replace_guard(),
             _ => {}
         }
         let kind = match &error {
@@ -417,6 +495,7 @@ impl Agent {
             CaptureError::Cancelled => ErrorKind::Cancelled,
             CaptureError::NotQuiet { .. }
             | CaptureError::NotConverging { .. }
+            | CaptureError::FreezeTooLong { .. }
             | CaptureError::FrozenButMoving { .. } => ErrorKind::Conflict,
             _ => ErrorKind::Internal,
         };

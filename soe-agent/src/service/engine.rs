@@ -17,10 +17,8 @@ use crate::api::types::*;
 use crate::layer::{ErrorClass, LayerError};
 use crate::model::{Forecaster, VolumeName};
 use crate::observe::volumes;
-use crate::plan;
 use crate::restore::RestoreError;
 use crate::seam::{ByteRange, ChangeMap, Clock};
-use crate::window::EventRow;
 
 fn class(class: ErrorClass) -> ErrorKind {
     match class {
@@ -156,7 +154,7 @@ impl Engine for Arc<Agent> {
             Ok(layer_detail(
                 &found.manifest,
                 found.layer(),
-                agent.config.store.compression.to_string(),
+                agent.config().store.compression.to_string(),
             ))
         })
     }
@@ -291,7 +289,10 @@ impl Engine for Arc<Agent> {
                     "no staging area is configured; set staging.path",
                 ));
             };
-            agent.stage(&volume, area.budget()).map_err(service_error)?;
+            let cancels = agent.staging_cancels(&volume);
+            agent
+                .stage(&volume, area.budget(), cancels)
+                .map_err(service_error)?;
             agent.stage_report(&entry).map_err(service_error)
         })
     }
@@ -316,18 +317,16 @@ impl Engine for Arc<Agent> {
             };
             let stream =
                 futures::stream::unfold(agent.watch.subscribe(), |mut receiver| async move {
-                    loop {
-                        match receiver.recv().await {
-                            Ok(item) => return Some((item, receiver)),
-                            Err(broadcast::error::RecvError::Lagged(items)) => {
-                                let missed = WatchItem {
-                                    at: crate::io::SystemClock.now(),
-                                    event: WatchEvent::Missed { items },
-                                };
-                                return Some((missed, receiver));
-                            }
-                            Err(broadcast::error::RecvError::Closed) => return None,
+                    match receiver.recv().await {
+                        Ok(item) => Some((item, receiver)),
+                        Err(broadcast::error::RecvError::Lagged(items)) => {
+                            let missed = WatchItem {
+                                at: crate::io::SystemClock.now(),
+                                event: WatchEvent::Missed { items },
+                            };
+                            Some((missed, receiver))
                         }
+                        Err(broadcast::error::RecvError::Closed) => None,
                     }
                 });
             let concerns = move |item: &WatchItem| {
@@ -353,15 +352,14 @@ impl Engine for Arc<Agent> {
 
 impl Agent {
     fn model_report(&self, volume: Option<String>) -> Result<ModelReport, EngineError> {
+        if let Some(volume) = &volume {
+            self.known(volume)?;
+        }
         let mind = lock(&self.mind);
         let network = mind.mixture.network();
-        let serving = match &volume {
-            Some(volume) => {
-                self.known(volume)?;
-                mind.mixture.serving(&VolumeName::from(volume.as_str()))
-            }
-            None => None,
-        };
+        let serving = volume
+            .as_ref()
+            .and_then(|volume| mind.mixture.serving(&VolumeName::from(volume.as_str())));
         Ok(ModelReport {
             serving: serving
                 .as_ref()
@@ -438,71 +436,5 @@ impl Agent {
             });
         }
         out
-    }
-
-    fn take_event(self: &Arc<Self>, event: Event) -> Result<bool, EngineError> {
-        let now = self.clock.now();
-        let known = self.read_events(EventQuery {
-            since: Some(now - 86_400_000_000_000),
-            limit: usize::MAX,
-        })?;
-        if known
-            .iter()
-            .any(|e| e.id == event.id && e.source == event.source)
-        {
-            return Ok(false);
-        }
-        let row = EventRow {
-            ts: event.time,
-            received: now,
-            id: event.id.clone(),
-            source: event.source.clone(),
-            kind: event.kind.clone(),
-            subject: event.subject.clone(),
-            volumes: event.volumes.iter().map(|v| v.as_str().into()).collect(),
-            data_content_type: event.data.as_ref().map(|_| "application/json".into()),
-            data: event.data.as_ref().map(ToString::to_string),
-        };
-        self.history
-            .append(&[row])
-            .map_err(|e| service_error(e.into()))?;
-        // An event is acknowledged only when it would survive a crash.
-        self.history.flush().map_err(|e| service_error(e.into()))?;
-        self.apply(plan::Event::EventReceived(plan::types::ExternalEvent {
-            id: event.id.clone(),
-            kind: event.kind.clone(),
-            volumes: event.volumes.iter().map(|v| v.as_str().into()).collect(),
-            burst_expected_at: event.expected_at,
-        }));
-        self.tell(WatchEvent::Published {
-            published: Box::new(event),
-        });
-        Ok(true)
-    }
-
-    fn read_events(&self, query: EventQuery) -> Result<Vec<Event>, EngineError> {
-        let error = |e| service_error(ServiceError::History(e));
-        self.history.flush().map_err(error)?;
-        let reader = crate::history::HistoryReader::open(self.history.dir()).map_err(error)?;
-        let range = query.since.unwrap_or(i64::MIN)..i64::MAX;
-        let rows = reader
-            .rows_by_time::<EventRow>(&crate::history::Query::range(range).skip_damage())
-            .map_err(error)?;
-        let mut events = Vec::new();
-        for row in rows {
-            let row = row.map_err(error)?;
-            events.push(Event {
-                id: row.id,
-                source: row.source,
-                kind: row.kind,
-                subject: row.subject,
-                time: row.ts,
-                expected_at: None,
-                volumes: row.volumes.iter().map(|v| v.to_string()).collect(),
-                data: row.data.and_then(|data| serde_json::from_str(&data).ok()),
-            });
-        }
-        let skip = events.len().saturating_sub(query.limit);
-        Ok(events.split_off(skip))
     }
 }

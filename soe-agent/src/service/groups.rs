@@ -14,7 +14,6 @@ use crate::api::types::{
     GroupSpec, GroupStatus, GroupUpdate, LayerInfo, LayerKind, Prediction, StagingStatus,
     TimeWindow, TrackingState, VolumeStatus,
 };
-use crate::config::Config;
 use crate::layer::{GroupManifest, LayerError};
 use crate::model::{Forecaster, VolumeName};
 use crate::observe::volumes;
@@ -38,11 +37,19 @@ impl Agent {
     }
 
     pub(super) fn known(&self, volume: &str) -> Result<Arc<Entry>, EngineError> {
-        self.entry(volume).ok_or_else(|| {
-            EngineError::not_found(format!(
-                "{volume} is in no group, so nothing is known of it; `soe group create` begins that"
-            ))
-        })
+        if let Some(entry) = self.entry(volume) {
+            return Ok(entry);
+        }
+        if self.volumes_of_groups().iter().any(|(v, _)| v == volume) {
+            let why = self.missing(volume).unwrap_or_default();
+            return Err(EngineError::new(
+                ErrorKind::Conflict,
+                format!("{volume} cannot be used now: {why}"),
+            ));
+        }
+        Err(EngineError::not_found(format!(
+            "{volume} is in no group, so nothing is known of it; `soe group create` begins that"
+        )))
     }
 
     pub(super) fn create(self: &Arc<Self>, spec: GroupSpec) -> Result<GroupStatus, EngineError> {
@@ -191,14 +198,10 @@ impl Agent {
             if let Some(area) = &self.area {
                 area.drop_volume(volume);
             }
-            lock(&self.entries).remove(volume);
+            let entry = lock(&self.entries).remove(volume);
+            lock(&self.parted).extend(entry);
         }
-        let keep: Vec<u64> = lock(&self.entries)
-            .values()
-            .map(|entry| entry.volume.disk.diskseq)
-            .collect();
-        self.tracker
-            .retain(|diskseq| keep.contains(&diskseq))
+        self.give_slots_back()
             .map_err(|e| service_error(e.into()))?;
         Ok(self
             .store
@@ -208,6 +211,12 @@ impl Agent {
     }
 
     pub(super) fn status(&self, group: &Group) -> Result<GroupStatus, EngineError> {
+        // No lock is held while the volumes are looked at.
+        let missed_pause_budgets = lock(&self.state)
+            .groups
+            .get(&group.name)
+            .map_or(0, |g| g.missed_pause_budgets);
+        let last_error = lock(&self.errors).get(&group.name).cloned();
         Ok(GroupStatus {
             group: group.name.clone(),
             prediction_enabled: group.prediction_enabled,
@@ -217,11 +226,8 @@ impl Agent {
             app: group.app.clone(),
             criticality: group.criticality,
             created_at: group.created_at,
-            missed_pause_budgets: lock(&self.state)
-                .groups
-                .get(&group.name)
-                .map_or(0, |g| g.missed_pause_budgets),
-            last_error: lock(&self.errors).get(&group.name).cloned(),
+            missed_pause_budgets,
+            last_error,
             hosts: group.hosts.clone(),
             volumes: group
                 .volumes
@@ -241,6 +247,7 @@ impl Agent {
         let now = self.clock.now();
         let mut status = VolumeStatus {
             volume: name.into(),
+            missing: self.missing(name),
             device_id: String::new(),
             size_bytes: last.as_ref().map_or(0, |l| l.volume_bytes),
             generation: None,
@@ -372,21 +379,5 @@ impl Agent {
         };
         asked.await.map_err(|_| gone())?;
         receiver.await.map_err(|_| gone())?
-    }
-
-    /// Reads the configuration again and takes over what can change while running.
-    pub(super) fn reload(&self) {
-        match Config::load(self.config.path.as_deref()) {
-            Ok(new) => {
-                let reload = self.config.reload(&new);
-                tracing::info!(
-                    ?reload,
-                    "configuration read again; what waits for a restart is named"
-                );
-            }
-            Err(error) => {
-                tracing::error!(%error, "the configuration was not read again; the agent goes on with what it has")
-            }
-        }
     }
 }

@@ -10,18 +10,19 @@ use soe_common::record::CgroupStats;
 
 use super::agent::{Agent, Entry, lock};
 use super::sampler::{WindowOf, window};
+use super::steps::{Moment, SoberTime};
+use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{self, LoadSample, WatchEvent};
-use crate::io::{ReadOptions, VolumeSpec, open_reader};
-use crate::model::{Forecaster, LoadBin, QuantileForecast, SHORT_HORIZON, VolumeName};
+use crate::model::{Forecaster, LoadBin, QuantileForecast, SHORT_HORIZON, TimeScale, VolumeName};
 use crate::observe::cgroups;
 use crate::plan::{Command, Event};
 use crate::seam::{ByteRange, ChangeMap, Clock, UnixNanos};
-use crate::window::{
-    AppStatsRow, DecisionRow, ForecastRow, RegionHeatRow, StagingRow, VolumeWindow, floor_to,
-};
+use crate::window::{AppStatsRow, DecisionRow, ForecastRow, RegionHeatRow, VolumeWindow, floor_to};
 
 /// Between two rounds of compaction and retention.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(300);
+/// A window this many times longer than configured does not tell what happened when.
+const LONG_WINDOW: i64 = 4;
 /// Bins of a forecast that are kept in the history.
 const KEPT_BINS: usize = SHORT_HORIZON;
 
@@ -36,21 +37,23 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let mut heat_at = clock.monotonic();
     let mut sampled = clock.monotonic();
     let mut apps = BTreeMap::new();
+    let mut sober = SoberTime::new(Moment::now(&*clock));
     while !agent.stopping() {
-        let next = (sampled + agent.config.history.interval).min(ticked + agent.config.plan.tick);
+        let next =
+            (sampled + agent.config().history.interval).min(ticked + agent.config().plan.tick);
         let now = clock.monotonic();
         if now < next {
             clock.sleep((next - now).min(Duration::from_millis(100)));
             continue;
         }
-        if now >= sampled + agent.config.history.interval {
+        if now >= sampled + agent.config().history.interval {
             // A beat that came late makes one longer window, not several short ones.
             sampled = now;
-            let heat = now >= heat_at + agent.config.history.region_interval;
+            let heat = now >= heat_at + agent.config().history.region_interval;
             if heat {
                 heat_at = now;
             }
-            for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
+            for entry in agent.all_entries() {
                 sample(agent, &entry, heat);
             }
             if heat {
@@ -60,13 +63,13 @@ pub(super) fn beat(agent: &Arc<Agent>) {
                 tracing::warn!(%error, "the history could not be written; its rows wait in memory");
             }
         }
-        if now >= ticked + agent.config.plan.tick {
+        if now >= ticked + agent.config().plan.tick {
             ticked = now;
             agent.apply(Event::Tick);
         }
         if now >= maintained + MAINTAIN_EVERY {
             maintained = now;
-            match agent.history.maintain(clock.now()) {
+            match agent.history.maintain(sober.at(Moment::now(&*clock))) {
                 Ok(done) => done
                     .skipped
                     .iter()
@@ -77,7 +80,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
         lock(&agent.jobs).retain(|job| !job.is_finished());
     }
     // The windows that the stop cut short.
-    for entry in lock(&agent.entries).values().cloned().collect::<Vec<_>>() {
+    for entry in agent.all_entries() {
         sample(agent, &entry, true);
     }
     sample_apps(agent, &mut apps);
@@ -85,24 +88,20 @@ pub(super) fn beat(agent: &Arc<Agent>) {
 
 /// Closes the window of one volume.
 fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
-    let now = agent.clock.now();
+    let moment = Moment::now(&*agent.clock);
+    let now = moment.wall;
     let stats = match entry.track.stats() {
         Ok(stats) => stats,
         Err(error) => return tracing::warn!(volume = entry.name, %error, "no statistics"),
     };
     entry.track.next_window(heat);
     let mut sampling = lock(&entry.sampling);
-    let Some((since, before)) = sampling.last.replace((now, stats.clone())) else {
+    let Some((since, before)) = sampling.last.replace((moment, stats.clone())) else {
         return;
     };
-    // A clock that stepped back makes a window of the configured length at the new time.
-    let interval = if now > since {
-        now - since
-    } else {
-        nanos(agent.config.history.interval)
-    };
+    let (start, interval) = moment.window_since(since);
     let of = WindowOf {
-        start: now - interval,
+        start,
         interval,
         host: agent.host(),
         volume: entry.name.as_str().into(),
@@ -150,27 +149,55 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
     }
 }
 
-/// Adds a window to the bin of its start, and returns the bins that ended; bins in which nothing was
-/// sampled are unknown.
+/// Spreads a window over the bins it lies in, and returns the bins that ended with it. Bins in which
+/// nothing was sampled are unknown, and so are those of a window that is much longer than it should be
+/// (the host slept, or its clock went ahead): it does not tell what happened when.
 fn fill_bin(
     agent: &Agent,
     bin: &mut Option<(i64, LoadBin)>,
     window: &VolumeWindow,
 ) -> Vec<(UnixNanos, Option<LoadBin>)> {
-    let index = agent.scale.index_of(window.start);
+    let usual = nanos(agent.config().history.interval);
+    spread(agent.scale, usual, bin, window)
+}
+
+fn spread(
+    scale: TimeScale,
+    usual: i64,
+    bin: &mut Option<(i64, LoadBin)>,
+    window: &VolumeWindow,
+) -> Vec<(UnixNanos, Option<LoadBin>)> {
+    let end = window.start.saturating_add(window.interval.max(1));
+    let (first, last) = (scale.index_of(window.start), scale.index_of(end - 1));
     let mut closed = Vec::new();
-    if let Some((filling, load)) = bin.take_if(|(filling, _)| *filling != index) {
-        closed.push((agent.scale.start_of(filling), Some(load)));
-        for missing in (filling + 1..index).take(agent.scale.week_bins()) {
-            closed.push((agent.scale.start_of(missing), None));
+    if let Some((filling, load)) = bin.take_if(|(filling, _)| *filling != first) {
+        closed.push((scale.start_of(filling), Some(load)));
+        for missing in (filling + 1..first).take(scale.week_bins()) {
+            closed.push((scale.start_of(missing), None));
         }
     }
-    let (_, load) = bin.get_or_insert((index, LoadBin::default()));
-    let add = |to: &mut f64, value: Option<u64>| *to += value.unwrap_or(0) as f64;
-    add(&mut load.read_bytes, window.read.bytes);
-    add(&mut load.write_bytes, window.write.bytes);
-    add(&mut load.read_ops, window.read.ops);
-    add(&mut load.write_ops, window.write.ops);
+    if window.interval > usual.saturating_mul(LONG_WINDOW).max(scale.bin_nanos()) {
+        *bin = None;
+        for unknown in (first..=last).take(scale.week_bins()) {
+            closed.push((scale.start_of(unknown), None));
+        }
+        return closed;
+    }
+    for index in first..=last {
+        let (from, to) = (scale.start_of(index), scale.start_of(index + 1));
+        let share = (end.min(to) - window.start.max(from)) as f64 / (end - window.start) as f64;
+        let (_, load) = bin.get_or_insert((index, LoadBin::default()));
+        let add = |to: &mut f64, value: Option<u64>| *to += value.unwrap_or(0) as f64 * share;
+        add(&mut load.read_bytes, window.read.bytes);
+        add(&mut load.write_bytes, window.write.bytes);
+        add(&mut load.read_ops, window.read.ops);
+        add(&mut load.write_ops, window.write.ops);
+        if end >= to
+            && let Some((_, load)) = bin.take()
+        {
+            closed.push((from, Some(load)));
+        }
+    }
     closed
 }
 
@@ -180,11 +207,12 @@ fn heat_rows(
     before: &mut BTreeMap<u64, (u32, u32)>,
     now: UnixNanos,
 ) -> Vec<RegionHeatRow> {
-    let interval = nanos(agent.config.history.region_interval);
+    let interval = nanos(agent.config().history.region_interval);
     let region_bytes = soe_common::SECTOR_SIZE << entry.track.geometry().region_shift;
     let first = entry.volume.start * soe_common::SECTOR_SIZE / region_bytes;
     let end = entry.volume.end * soe_common::SECTOR_SIZE;
     let mut rows = Vec::new();
+    let mut read = Vec::new();
     let mut map = lock(&entry.heat);
     for (region, heat) in entry.track.heat() {
         if region < first || region * region_bytes >= end {
@@ -201,8 +229,12 @@ fn heat_rows(
             continue;
         }
         map.record_unit(now, region - first, f64::from(reads), f64::from(writes));
+        if reads > 0 {
+            let range = ByteRange::new((region - first) * region_bytes, region_bytes);
+            read.push((range, u64::from(reads)));
+        }
         rows.push(RegionHeatRow {
-            ts: floor_to(now - interval, nanos(agent.config.history.interval)),
+            ts: floor_to(now - interval, nanos(agent.config().history.interval)),
             interval,
             volume: entry.name.as_str().into(),
             region: (region - first) * (region_bytes >> 20),
@@ -210,6 +242,8 @@ fn heat_rows(
             write_ops: u64::from(writes),
         });
     }
+    drop(map);
+    agent.note_reads(entry, now, &read);
     rows
 }
 
@@ -220,8 +254,9 @@ fn sample_apps(agent: &Agent, before: &mut BTreeMap<(u32, u64), CgroupStats>) {
         Err(error) => return tracing::warn!(%error, "no statistics by control group"),
     };
     let names = cgroups::paths();
-    let entries: Vec<Arc<Entry>> = lock(&agent.entries).values().cloned().collect();
-    let interval = nanos(agent.config.history.region_interval);
+    let entries = agent.all_entries();
+    let config = agent.config();
+    let interval = nanos(config.history.region_interval);
     let ts = agent.clock.now() - interval;
     let mut rows = Vec::new();
     for ((slot, cgroup), now) in &counts {
@@ -238,7 +273,7 @@ fn sample_apps(agent: &Agent, before: &mut BTreeMap<(u32, u64), CgroupStats>) {
             .get(cgroup)
             .cloned()
             .unwrap_or_else(|| cgroup.to_string());
-        let app = agent.config.host.app.iter().find(|app| {
+        let app = config.host.app.iter().find(|app| {
             path == app.cgroup
                 || path.starts_with(&format!("{}/", app.cgroup.trim_end_matches('/')))
         });
@@ -352,18 +387,24 @@ impl Agent {
             } => {
                 tracing::info!(group = %group, ?kind, reason, "capture");
                 let agent = self.clone();
-                self.job("capture", move || agent.run_capture(&group, kind, hints));
+                let of = group.clone();
+                if !self.job("capture", move || agent.run_capture(&of, kind, hints)) {
+                    let reason = "the agent could start no thread for it".to_owned();
+                    self.answer_waiters(
+                        &group,
+                        &Err(EngineError::new(ErrorKind::Exhausted, reason.clone())),
+                    );
+                    return Some(Event::CaptureFailed { group, reason });
+                }
             }
             Command::RefuseCapture { group, reason } => {
-                let error = crate::api::engine::EngineError::new(
-                    crate::api::engine::ErrorKind::Conflict,
-                    format!("capture of {group}: {reason}"),
-                );
-                for waiter in lock(&self.waiters)
-                    .remove(group.as_str())
-                    .unwrap_or_default()
-                {
-                    let _ = waiter.send(Err(error.clone()));
+                // A capture of the same group that began since the caller looked is as good as its own.
+                if !lock(&self.mind).brain.capturing(&group) {
+                    let reason = format!("capture of {group}: {reason}");
+                    self.answer_waiters(
+                        &group,
+                        &Err(EngineError::new(ErrorKind::Conflict, reason)),
+                    );
                 }
             }
             Command::StartStaging {
@@ -374,17 +415,27 @@ impl Agent {
             } => {
                 tracing::info!(volume = %volume, before, budget_bytes, reason, "staging");
                 let agent = self.clone();
-                self.job("staging", move || {
+                // Before the job runs, or a cancellation that comes first would be lost.
+                let cancels = self.staging_cancels(&volume);
+                let of = volume.clone();
+                let started = self.job("staging", move || {
                     let outcome = agent
-                        .stage(&volume, budget_bytes)
+                        .stage(&of, budget_bytes, cancels)
                         .map_err(|error| error.to_string());
-                    agent.apply(Event::StagingFinished { volume, outcome });
+                    agent.apply(Event::StagingFinished {
+                        volume: of,
+                        outcome,
+                    });
                 });
+                if !started {
+                    let outcome = Err("the agent could start no thread for it".to_owned());
+                    return Some(Event::StagingFinished { volume, outcome });
+                }
             }
             Command::CancelStaging { volume, reason } => {
                 tracing::info!(volume = %volume, reason, "staging cancelled");
                 if let Some(entry) = self.entry(&volume) {
-                    entry.staging.store(false, Ordering::SeqCst);
+                    entry.staging_cancels.fetch_add(1, Ordering::SeqCst);
                 }
             }
             Command::Forecast { volume, horizon } => {
@@ -398,7 +449,7 @@ impl Agent {
             Command::Train { reason } => {
                 tracing::info!(reason, "training");
                 let agent = self.clone();
-                self.job("training", move || {
+                let started = self.job("training", move || {
                     let outcome = agent.train();
                     match &outcome {
                         Ok(reason) => tracing::info!(reason, "training ended"),
@@ -406,19 +457,42 @@ impl Agent {
                     }
                     agent.apply(Event::TrainingFinished { outcome });
                 });
+                if !started {
+                    let outcome = Err("the agent could start no thread for it".to_owned());
+                    return Some(Event::TrainingFinished { outcome });
+                }
             }
             Command::RecordDecision(decision) => self.keep_decision(decision),
         }
         None
     }
 
-    fn job(&self, name: &str, work: impl FnOnce() + Send + 'static) {
+    /// Tells everyone who waits for a capture of `group` how it ended.
+    pub(super) fn answer_waiters(
+        &self,
+        group: &str,
+        answer: &Result<Vec<types::LayerInfo>, EngineError>,
+    ) {
+        for waiter in lock(&self.waiters).remove(group).unwrap_or_default() {
+            // A caller that went away needs no answer.
+            let _ = waiter.send(answer.clone());
+        }
+    }
+
+    /// Starts work on a thread of its own; whether it could be started.
+    pub(super) fn job(&self, name: &str, work: impl FnOnce() + Send + 'static) -> bool {
         match std::thread::Builder::new()
             .name(format!("soe-{name}"))
             .spawn(work)
         {
-            Ok(job) => lock(&self.jobs).push(job),
-            Err(error) => tracing::error!(job = name, %error, "no thread for a job"),
+            Ok(job) => {
+                lock(&self.jobs).push(job);
+                true
+            }
+            Err(error) => {
+                tracing::error!(job = name, %error, "no thread for a job");
+                false
+            }
         }
     }
 
@@ -498,91 +572,28 @@ impl Agent {
         }
     }
 
-    /// Copies the blocks most likely to be read, best first, within `budget` bytes. Returns the
-    /// bytes staged.
-    pub(super) fn stage(&self, volume: &str, budget: u64) -> Result<u64, super::ServiceError> {
-        let (Some(area), Some(entry)) = (&self.area, self.entry(volume)) else {
-            return Ok(0);
-        };
-        let spec = VolumeSpec {
-            path: entry.volume.path.clone(),
-            offset: 0,
-            len: Some(entry.volume.bytes()),
-        };
-        let reader = open_reader(&spec, ReadOptions::BACKGROUND)?;
-        let now = self.clock.now();
-        let ranked = lock(&entry.heat).rank(now, budget, entry.volume.bytes());
-        let ranges: Vec<ByteRange> = ranked.iter().map(|r| r.range).collect();
-        entry.staging.store(true, Ordering::SeqCst);
-        let pace = Cancellable { entry: &entry };
-        let outcome = area.stage(&entry.map, &*reader, &ranges, budget, &pace, &*self.clock);
-        entry.staging.store(false, Ordering::SeqCst);
-        let staged = outcome?;
-        let rows: Vec<StagingRow> = ranked
-            .iter()
-            .map(|ranked| StagingRow {
-                ts: now,
-                volume: volume.into(),
-                action: "staged".into(),
-                offset: ranked.range.offset,
-                length: ranked.range.len,
-                score: Some(ranked.score),
-                evicted: None,
-            })
-            .collect();
-        if let Err(error) = self.history.append(&rows) {
-            tracing::warn!(%error, "what was staged could not be kept in the history");
-        }
-        if let Ok(report) = self.stage_report(&entry) {
-            self.metrics
-                .staged
-                .set([volume], report.status.staged_bytes as f64);
-            self.metrics
-                .staged_valid
-                .set([volume], report.status.valid_bytes as f64);
-            self.tell(WatchEvent::Staging(report));
-        }
-        Ok(staged)
-    }
-
-    /// What is staged of a volume.
-    pub(super) fn stage_report(
-        &self,
-        entry: &Entry,
-    ) -> Result<types::StageReport, super::ServiceError> {
-        let mut status = types::StagingStatus::default();
-        if let Some(area) = &self.area {
-            let stats = area.status(&entry.map)?;
-            let lookups = stats.hits + stats.misses;
-            status = types::StagingStatus {
-                budget_bytes: area.budget(),
-                staged_bytes: stats.staged_bytes,
-                valid_bytes: stats.valid_bytes,
-                used_bytes: stats.used_bytes,
-                invalidated_bytes: stats.invalidated_bytes,
-                hit_ratio: (lookups > 0).then(|| stats.hits as f64 / lookups as f64),
-            };
-        }
-        Ok(types::StageReport {
-            volume: entry.map.volume().to_string(),
-            status,
-        })
-    }
-
     /// Trains the network on what the forecasters remember, and offers it for service.
     #[cfg(feature = "model")]
     pub(super) fn train(&self) -> Result<String, String> {
+        // A thread of its own, because its priority stays low.
+        std::thread::scope(|scope| scope.spawn(|| self.train_here()).join())
+            .unwrap_or_else(|_| Err("the training ended by a panic; the log says why".into()))
+    }
+
+    #[cfg(feature = "model")]
+    fn train_here(&self) -> Result<String, String> {
         use crate::model::Promotion;
         use crate::model::net::{Budget, train};
         let dataset = lock(&self.mind).mixture.dataset();
         let began = self.clock.monotonic();
         let budget = Budget {
             max_samples: 100_000,
+            cores: Some(self.config().limits.cpu),
             ..Budget::default()
         };
         // SAFETY: setpriority of this thread touches no memory.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
-        let seed = u64::from(self.config.model.seed);
+        let seed = u64::from(self.config().model.seed);
         let trained =
             train(&dataset, budget, seed, None, &self.stopping).map_err(|e| e.to_string())?;
         self.metrics
@@ -595,7 +606,7 @@ impl Agent {
         match promotion {
             Promotion::Promoted { reason } => {
                 trained
-                    .save(&self.config.state_dir().join("model.soe"))
+                    .save(&self.config().state_dir().join("model.soe"))
                     .map_err(|e| e.to_string())?;
                 Ok(reason)
             }
@@ -610,16 +621,77 @@ impl Agent {
     }
 }
 
-/// Holds staging back with the volume's pace, and ends it when it was cancelled.
-struct Cancellable<'a> {
-    entry: &'a Entry,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::window::DirectionStats;
 
-impl crate::seam::Pace for Cancellable<'_> {
-    fn before(&self, bytes: u64) -> std::io::Result<()> {
-        if !self.entry.staging.load(Ordering::SeqCst) {
-            return Err(std::io::ErrorKind::Interrupted.into());
+    const S: i64 = 1_000_000_000;
+
+    fn window(start: i64, interval: i64, bytes: u64) -> VolumeWindow {
+        let stats = |bytes| DirectionStats::measured(1, bytes, Default::default(), None);
+        VolumeWindow {
+            start,
+            interval,
+            read: stats(bytes),
+            write: stats(0),
+            ..VolumeWindow::unknown(start, interval, "v".into())
         }
-        self.entry.pace.before(bytes)
+    }
+
+    fn closed(bin: &mut Option<(i64, LoadBin)>, window: &VolumeWindow) -> Vec<(i64, Option<f64>)> {
+        let scale = TimeScale::new(Duration::from_secs(1), 24).unwrap();
+        spread(scale, S, bin, window)
+            .into_iter()
+            .map(|(start, load)| (start / S, load.map(|l| l.read_bytes)))
+            .collect()
+    }
+
+    #[test]
+    fn windows_that_drift_against_the_bins_lose_and_skip_nothing() {
+        let mut bin = None;
+        let mut seen = Vec::new();
+        let (mut at, mut bytes) = (100 * S, 0.0);
+        while at < 200 * S {
+            let length = S + 13_000_000;
+            seen.extend(closed(&mut bin, &window(at, length, 1_013_000)));
+            at += length;
+            bytes += 1_013_000.0;
+        }
+        let starts: Vec<i64> = seen.iter().map(|(start, _)| *start).collect();
+        let wanted: Vec<i64> = (100..100 + starts.len() as i64).collect();
+        assert_eq!(starts, wanted, "every bin once");
+        for (start, load) in &seen {
+            let load = load.expect("a known bin");
+            assert!((load - 1e6).abs() < 1.0, "bin {start} has {load}");
+        }
+        let sum: f64 = seen.iter().filter_map(|(_, load)| *load).sum();
+        let rest = bin.map_or(0.0, |(_, load)| load.read_bytes);
+        assert!(
+            (sum + rest - bytes).abs() < 1.0,
+            "{sum} + {rest} of {bytes}"
+        );
+    }
+
+    #[test]
+    fn a_bin_ends_with_the_window_that_reaches_its_end() {
+        let mut bin = None;
+        assert_eq!(closed(&mut bin, &window(5 * S, S / 2, 7)), []);
+        assert_eq!(
+            closed(&mut bin, &window(5 * S + S / 2, S / 2, 7)),
+            [(5, Some(14.0))]
+        );
+        assert!(bin.is_none());
+    }
+
+    #[test]
+    fn a_gap_and_a_sleep_are_unknown() {
+        let mut bin = None;
+        closed(&mut bin, &window(5 * S, S / 2, 7));
+        let gap = closed(&mut bin, &window(8 * S, S / 2, 9));
+        assert_eq!(gap, [(5, Some(7.0)), (6, None), (7, None)]);
+        let mut bin = None;
+        let slept = closed(&mut bin, &window(20 * S, 5 * S, 9));
+        assert_eq!(slept, [20, 21, 22, 23, 24].map(|start| (start, None)));
     }
 }

@@ -1,18 +1,25 @@
 //! Wires the agent: the only place that builds concrete parts.
 //!
 //! `agent` holds the parts, `heart` is the heartbeat that samples, decides and carries out,
-//! `capture` runs a capture, `engine` answers callers, `groups` keeps the groups.
+//! `capture` runs a capture, `engine` answers callers, `events` takes events from outside, `groups` keeps
+//! the groups, `hotplug` follows volumes that come and go, `reload` takes over a changed configuration,
+//! `staging` copies ahead of bursts.
 
 mod agent;
 mod capture;
 mod engine;
+mod events;
 mod groups;
 mod heart;
+mod hotplug;
+mod reload;
 mod report;
 mod restore;
 mod sampler;
 pub mod sink;
+mod staging;
 mod state;
+mod steps;
 mod trace;
 
 use std::path::PathBuf;
@@ -87,6 +94,12 @@ pub enum ServiceError {
         /// Why.
         source: std::io::Error,
     },
+    /// What a disk was before is still being read.
+    #[error("{} became another device, and what it was is still being read; try again in a moment", volume.display())]
+    Held {
+        /// The volume.
+        volume: PathBuf,
+    },
     /// A part ended by a panic.
     #[error("the agent's {part} ended unexpectedly; its log says why")]
     Ended {
@@ -145,6 +158,10 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
                 source,
             })?
     };
+    {
+        let following = agent.clone();
+        agent.job("devices", move || following.follow_devices());
+    }
     let served = runtime.block_on(serve(&agent, listeners, metrics));
     service_notify(ServiceState::Stopping);
     agent.close();
@@ -174,6 +191,7 @@ async fn serve(
         listen(SignalKind::hangup())?,
     );
     let clock = agent.clock.clone();
+    let accept_events = listeners.accept_events();
     let serving = listeners.serve(Arc::new(agent.clone()), metrics, clock, stopped);
     tokio::pin!(serving);
     service_notify(ServiceState::Ready("tracking"));
@@ -185,7 +203,7 @@ async fn serve(
             _ = int.recv() => break,
             _ = hup.recv() => {
                 service_notify(ServiceState::Reloading);
-                agent.reload();
+                agent.reload(&accept_events);
                 service_notify(ServiceState::Ready("tracking"));
             }
         }

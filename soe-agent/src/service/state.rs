@@ -208,4 +208,26 @@ mod tests {
                 .contains("damaged")
         );
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_file_is_a_state_or_damaged(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200),
+            at in proptest::prelude::any::<proptest::sample::Index>(),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("state.json");
+            std::fs::write(&path, &bytes).unwrap();
+            let damaged = matches!(State::load(&path), Err(StateError::Damaged { .. }));
+            proptest::prop_assert!(damaged);
+            State::default().save(&path).unwrap();
+            let mut good = std::fs::read(&path).unwrap();
+            let at = at.index(good.len());
+            good[at] = bytes.first().copied().unwrap_or_default();
+            std::fs::write(&path, &good).unwrap();
+            if let Err(error) = State::load(&path) {
+                proptest::prop_assert!(!error.to_string().contains('\n'));
+            }
+        }
+    }
 }

@@ -65,11 +65,7 @@ impl Agent {
         volume: &str,
         duration: Duration,
     ) -> Result<TraceReport, EngineError> {
-        let entry = self.entry(volume).ok_or_else(|| {
-            EngineError::not_found(format!(
-                "{volume} is in no group; only volumes of groups can be recorded"
-            ))
-        })?;
+        let entry = self.known(volume)?;
         if duration > LONGEST {
             return Err(EngineError::invalid("a recording lasts a day at most"));
         }

@@ -20,8 +20,12 @@ impl VolumeFreezer for SimFreezer {
         Ok(())
     }
 
-    fn estimate(&self) -> Duration {
+    fn freeze_estimate(&self) -> Duration {
         Duration::from_millis(1)
+    }
+
+    fn thaw_estimate(&self) -> Duration {
+        Duration::ZERO
     }
 
     fn covers(&self, volume: usize) -> bool {
@@ -29,7 +33,7 @@ impl VolumeFreezer for SimFreezer {
         state.disks.get(volume).is_some_and(|disk| disk.has_fs)
     }
 
-    fn freeze(&self, hold: Duration) -> Result<Box<dyn Hold + '_>, FreezeError> {
+    fn freeze(&self, limit: Duration) -> Result<Box<dyn Hold + '_>, FreezeError> {
         let mut state = self.world.state();
         let began_ns = state.now_ns;
         state.frozen = true;
@@ -43,7 +47,7 @@ impl VolumeFreezer for SimFreezer {
             }
         }
         state.drain_filesystems();
-        state.thaw_at_ns = Some(state.now_ns + hold.as_nanos() as u64);
+        state.thaw_at_ns = Some(began_ns + limit.as_nanos() as u64);
         Ok(Box::new(SimHold {
             world: self.world.clone(),
             began_ns,

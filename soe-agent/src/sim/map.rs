@@ -88,7 +88,8 @@ impl ChangeMap for SimMap {
         }
         let disk = state.disks.get_mut(self.disk).ok_or_else(|| self.gone())?;
         let accounted = disk.accounted.wrapping_add_signed(-disk.device_base);
-        let Some(correction) = books::at_rest(&[disk.account()], 0, Some(accounted)) else {
+        let Some(correction) = books::at_rest(&[disk.account()], 0, Some((accounted, true)), false)
+        else {
             return Ok(());
         };
         if let Some(open) = correction.base.first() {
@@ -144,7 +145,7 @@ impl ChangeMap for SimMap {
             let device = Device {
                 accounted,
                 busy,
-                accounts_last: true,
+                exact: true,
             };
             let trusting = faults.trust_untrue_counters;
             let verdict = if trusting {
@@ -154,7 +155,7 @@ impl ChangeMap for SimMap {
             } else if misses.queue != disk.queue_base {
                 Verdict::Untrue
             } else {
-                books::judge(&[account], 0, 0, Some(device))
+                books::judge(&[account], 0, 0, (!faults.no_witness).then_some(device))
             };
             match verdict {
                 Verdict::RestUnseen => {

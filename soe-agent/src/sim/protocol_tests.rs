@@ -130,6 +130,19 @@ fn counting_completions_before_stamping_is_noticed() {
         "count before stamp",
         &faulty(Faults {
             count_before_stamp: true,
+            no_witness: true,
+            ..Faults::default()
+        }),
+    );
+}
+
+/// The device accounts a write after its completion program, so its word covers for this one.
+#[test]
+fn counting_completions_before_stamping_is_made_up_for_by_the_device() {
+    holds(
+        "count before stamp, with the device's word",
+        &faulty(Faults {
+            count_before_stamp: true,
             ..Faults::default()
         }),
     );

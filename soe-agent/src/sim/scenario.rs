@@ -253,6 +253,7 @@ impl Scenario {
             }
             CaptureError::NotQuiet { .. }
             | CaptureError::NotConverging { .. }
+            | CaptureError::FreezeTooLong { .. }
             | CaptureError::FrozenButMoving { .. }
             | CaptureError::PathUnsettled { .. }
             | CaptureError::MissedBeforeFirstCut { .. }

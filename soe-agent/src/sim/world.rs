@@ -30,6 +30,8 @@ pub struct Faults {
     pub trust_untrue_counters: bool,
     /// The completion program counts before it stamps.
     pub count_before_stamp: bool,
+    /// The device's own statistics are not asked.
+    pub no_witness: bool,
     /// The base is moved over completions nobody saw without a miss being counted.
     pub forget_unseen: bool,
 }

@@ -11,6 +11,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -73,14 +74,15 @@ pub struct StageStats {
     pub staged_bytes: u64,
     /// Of these, bytes that still equal the origin.
     pub valid_bytes: u64,
-    /// Bytes of staged blocks that were read from staging at least once.
+    /// Bytes of staged blocks that were wanted at least once: read from the area, or read on the
+    /// origin while they were staged and valid.
     pub used_bytes: u64,
     /// Bytes dropped because the origin was written before they were used.
     pub invalidated_bytes: u64,
-    /// Look-ups that found their block.
+    /// Reads of the volume since something of it is staged.
+    pub reads: u64,
+    /// Of these, those of staged and valid blocks: what the area would have served.
     pub hits: u64,
-    /// Look-ups that did not.
-    pub misses: u64,
 }
 
 struct Staged {
@@ -89,6 +91,8 @@ struct Staged {
     epoch: Epoch,
     hash: [u8; 32],
     used: bool,
+    /// Rounds of reads that were noted before it was staged: only later ones can have met it.
+    rounds: u64,
 }
 
 struct VolumeStage {
@@ -96,6 +100,35 @@ struct VolumeStage {
     misses: Misses,
     blocks: BTreeMap<u64, Staged>,
     invalidated: u64,
+    rounds: u64,
+    reads: f64,
+    hits: f64,
+}
+
+impl VolumeStage {
+    /// Counts `reads` of `range`, evenly spread over it as far as is known, in blocks of `unit` bytes.
+    /// Returns the bytes of it that were staged and valid in the whole of this round, when some of
+    /// them had not been wanted before.
+    fn note(
+        &mut self,
+        range: ByteRange,
+        reads: f64,
+        unit: u64,
+        stale: &BTreeSet<u64>,
+    ) -> Option<u64> {
+        let rounds = self.rounds;
+        let (mut covered, mut fresh) = (0, false);
+        let blocks = range.offset.div_ceil(unit)..range.end().div_ceil(unit);
+        for (block, staged) in self.blocks.range_mut(blocks) {
+            if staged.rounds < rounds && !stale.contains(block) {
+                covered += u64::from(staged.len);
+                fresh |= !std::mem::replace(&mut staged.used, true);
+            }
+        }
+        self.reads += reads;
+        self.hits += reads * (covered as f64 / range.len.max(1) as f64).min(1.0);
+        (fresh && covered > 0).then_some(covered)
+    }
 }
 
 /// Room in the file: freed pieces by size, and what was never used.
@@ -132,11 +165,10 @@ struct Inner {
     room: Room,
     volumes: HashMap<String, VolumeStage>,
     by_hash: HashMap<[u8; 32], (String, u64)>,
-    hits: u64,
-    lookups: u64,
 }
 
 impl Inner {
+    /// Drops a staged block. Returns its bytes when nobody had wanted it.
     fn drop_block(&mut self, volume: &str, block: u64) -> u64 {
         let Some(staged) = self
             .volumes
@@ -153,7 +185,11 @@ impl Inner {
             self.by_hash.remove(&staged.hash);
         }
         self.room.give(staged.at, staged.len);
-        u64::from(staged.len)
+        if staged.used {
+            0
+        } else {
+            u64::from(staged.len)
+        }
     }
 }
 
@@ -161,8 +197,28 @@ impl Inner {
 pub struct StageArea {
     path: PathBuf,
     file: File,
-    budget: u64,
+    budget: AtomicU64,
     inner: Mutex<Inner>,
+    /// A wrong rule, so that tests can show that it is noticed.
+    #[cfg(test)]
+    mutation: Mutation,
+}
+
+/// Wrong rules of coherence. The simulation must notice every one of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(not(test), allow(dead_code))]
+enum Mutation {
+    /// The right rules.
+    #[default]
+    None,
+    /// Writes may be in flight when copying begins.
+    NoDrain,
+    /// A copy is taken to be younger than it is.
+    YoungEpoch,
+    /// Skipped runs of the marking programs are taken for harmless.
+    IgnoreMisses,
+    /// Copies outlive the generation they were made in.
+    KeepAcrossGenerations,
 }
 
 impl StageArea {
@@ -185,14 +241,32 @@ impl StageArea {
         Ok(Self {
             path: path.into(),
             file,
-            budget,
+            budget: AtomicU64::new(budget),
             inner: Mutex::default(),
+            #[cfg(test)]
+            mutation: Mutation::None,
         })
+    }
+
+    /// Whether a test asked for this wrong rule; never in a real build.
+    fn mutated(&self, by: Mutation) -> bool {
+        #[cfg(test)]
+        return self.mutation == by;
+        #[cfg(not(test))]
+        {
+            let _ = by;
+            false
+        }
     }
 
     /// Bytes that may be staged over all volumes.
     pub fn budget(&self) -> u64 {
-        self.budget
+        self.budget.load(Ordering::Relaxed)
+    }
+
+    /// Lets more or fewer bytes be staged from now on; what is staged beyond goes with the next staging.
+    pub fn set_budget(&self, budget: u64) {
+        self.budget.store(budget, Ordering::Relaxed);
     }
 
     /// The area's file.
@@ -210,7 +284,7 @@ impl StageArea {
     }
 
     /// Copies `ranges` (best first) of a volume, up to `budget` bytes of it in all, and returns the
-    /// bytes staged of it afterwards. Blocks that are staged and valid are not copied again.
+    /// blocks copied, in ascending order. Blocks that are staged and valid are not copied again.
     #[allow(clippy::too_many_arguments)]
     pub fn stage(
         &self,
@@ -220,17 +294,17 @@ impl StageArea {
         budget: u64,
         pace: &dyn Pace,
         clock: &dyn Clock,
-    ) -> Result<u64, StageError> {
+    ) -> Result<Vec<ByteRange>, StageError> {
         let volume = map.volume().to_string();
         let unit = u64::from(map.block_size());
         self.drop_stale(map)?;
-        let (epoch, misses) = self.prove_drained(map, clock)?;
+        let (mut epoch, misses) = self.prove_drained(map, clock)?;
         let wanted = self.admit(
             &volume,
             ranges,
             unit,
             map.volume_bytes(),
-            budget.min(self.budget),
+            budget.min(self.budget()),
         );
         // What was written since the drain is about to be written again.
         let moving: BTreeSet<u64> = blocks_of(&map.changed_since(epoch)?, unit).collect();
@@ -252,13 +326,27 @@ impl StageArea {
                     misses,
                     blocks: BTreeMap::new(),
                     invalidated: 0,
+                    rounds: 0,
+                    reads: 0.0,
+                    hits: 0.0,
                 });
         }
+        if self.mutated(Mutation::YoungEpoch) {
+            epoch = Epoch(epoch.0 + 1);
+        }
         let mut written = Ok(true);
+        let mut blocks = Vec::new();
         let copied = reader.read(&to_copy, map.block_size(), pace, &mut |offset, bytes| {
+            // Holes cost nothing to read or to restore.
+            if bytes.iter().all(|&b| b == 0) {
+                return Ok(());
+            }
             written = self.put(&volume, offset / unit, bytes, epoch);
             match &written {
-                Ok(true) => Ok(()),
+                Ok(true) => {
+                    blocks.push(ByteRange::new(offset, bytes.len() as u64));
+                    Ok(())
+                }
                 Ok(false) => Err(io::ErrorKind::StorageFull.into()),
                 Err(_) => Err(io::ErrorKind::Other.into()),
             }
@@ -275,11 +363,12 @@ impl StageArea {
             _ => {}
         }
         let after = map.reading()?;
-        if marks_missed(&misses, &after.misses) || map.tracking() != Tracking::Complete {
+        if self.marks_missed(&misses, &after.misses) || map.tracking() != Tracking::Complete {
             self.drop_volume(&volume);
             return Err(StageError::Missed { volume });
         }
-        Ok(self.staged_bytes(&volume))
+        blocks.sort_unstable();
+        Ok(blocks)
     }
 
     /// Begins an epoch at whose beginning nothing was in flight.
@@ -293,7 +382,8 @@ impl StageArea {
             let epoch = map.bump()?;
             map.grace()?;
             let reading = map.reading()?;
-            if reading.nothing_in_flight() && map.tracking() == Tracking::Complete {
+            let drained = reading.nothing_in_flight() || self.mutated(Mutation::NoDrain);
+            if drained && map.tracking() == Tracking::Complete {
                 return Ok((epoch, reading.misses));
             }
             clock.sleep(DRAIN_WAIT);
@@ -351,13 +441,9 @@ impl StageArea {
         bytes: &[u8],
         epoch: Epoch,
     ) -> Result<bool, StageError> {
-        // Holes cost nothing to restore.
-        if bytes.iter().all(|&b| b == 0) {
-            return Ok(true);
-        }
         let hash = *blake3::hash(bytes).as_bytes();
         let len = bytes.len() as u32;
-        let Some(at) = self.inner().room.take(len, self.budget) else {
+        let Some(at) = self.inner().room.take(len, self.budget()) else {
             return Ok(false);
         };
         if let Err(source) = self.file.write_all_at(bytes, at) {
@@ -378,6 +464,7 @@ impl StageArea {
                 epoch,
                 hash,
                 used: false,
+                rounds: stage.rounds,
             },
         );
         inner.by_hash.insert(hash, (volume.into(), block));
@@ -413,9 +500,18 @@ impl StageArea {
         let Some((generation, misses)) = known else {
             return Ok(true);
         };
-        Ok(generation == map.generation()
+        let same = generation == map.generation() || self.mutated(Mutation::KeepAcrossGenerations);
+        Ok(same
             && map.tracking() == Tracking::Complete
-            && !marks_missed(&misses, &map.reading()?.misses))
+            && !self.marks_missed(&misses, &map.reading()?.misses))
+    }
+
+    /// Whether a write since the drain may have neither of its marks. One of them is enough: nothing
+    /// was in flight at the drain, so a mark at the queue as well as one at the completion, made before
+    /// the writer is told, carries its epoch or a later one. Failed writes are marked like any other.
+    fn marks_missed(&self, before: &Misses, now: &Misses) -> bool {
+        let both = before.queue != now.queue && before.complete != now.complete;
+        (both || before.stash != now.stash) && !self.mutated(Mutation::IgnoreMisses)
     }
 
     /// Staged blocks that were written since they were copied.
@@ -452,13 +548,11 @@ impl StageArea {
             BTreeSet::new()
         };
         let inner = self.inner();
-        let mut stats = StageStats {
-            hits: inner.hits,
-            misses: inner.lookups - inner.hits,
-            ..StageStats::default()
-        };
+        let mut stats = StageStats::default();
         if let Some(stage) = inner.volumes.get(map.volume()) {
             stats.invalidated_bytes = stage.invalidated;
+            // The casts round down and saturate.
+            (stats.reads, stats.hits) = (stage.reads as u64, stage.hits as u64);
             for (block, staged) in &stage.blocks {
                 let len = u64::from(staged.len);
                 stats.staged_bytes += len;
@@ -469,10 +563,34 @@ impl StageArea {
         Ok(stats)
     }
 
-    fn staged_bytes(&self, volume: &str) -> u64 {
-        self.inner().volumes.get(volume).map_or(0, |stage| {
-            stage.blocks.values().map(|b| u64::from(b.len)).sum()
-        })
+    /// Notes what was read on the origin since the last call: how often each range. Returns the ranges
+    /// of which staged and valid blocks were wanted for the first time, with the bytes of these.
+    ///
+    /// A block counts from the first call after it was staged, so that what was read before it was
+    /// there is no hit.
+    pub fn note_reads(
+        &self,
+        map: &dyn ChangeMap,
+        reads: &[(ByteRange, u64)],
+    ) -> Result<Vec<(ByteRange, u64)>, StageError> {
+        let known = self.inner().volumes.contains_key(map.volume());
+        if !known || !self.healthy(map)? {
+            return Ok(Vec::new());
+        }
+        let stale: BTreeSet<u64> = self.stale(map)?.into_iter().collect();
+        let unit = u64::from(map.block_size());
+        let mut inner = self.inner();
+        let Some(stage) = inner.volumes.get_mut(map.volume()) else {
+            return Ok(Vec::new());
+        };
+        stage.rounds += 1;
+        Ok(reads
+            .iter()
+            .filter_map(|(range, count)| {
+                let covered = stage.note(*range, *count as f64, unit, &stale)?;
+                Some((*range, covered))
+            })
+            .collect())
     }
 
     /// Forgets everything staged of a volume.
@@ -495,7 +613,6 @@ impl StageArea {
     /// caller hashes what it got.
     pub fn read_by_hash(&self, hash: &[u8; 32], buf: &mut [u8]) -> bool {
         let mut inner = self.inner();
-        inner.lookups += 1;
         let Some((volume, block)) = inner.by_hash.get(hash).cloned() else {
             return false;
         };
@@ -510,16 +627,8 @@ impl StageArea {
             return false;
         }
         staged.used = true;
-        inner.hits += 1;
         true
     }
-}
-
-/// Whether a write since the drain may have neither of its marks. One of them is enough: nothing was
-/// in flight at the drain, so a mark at the queue as well as one at the completion, made before the
-/// writer is told, carries its epoch or a later one. Failed writes are marked like any other.
-fn marks_missed(before: &Misses, now: &Misses) -> bool {
-    (before.queue != now.queue && before.complete != now.complete) || before.stash != now.stash
 }
 
 /// Blocks of `unit` bytes that `ranges` touch.
@@ -529,3 +638,7 @@ fn blocks_of(ranges: &[ByteRange], unit: u64) -> impl Iterator<Item = u64> + '_ 
         .filter(|range| range.len > 0)
         .flat_map(move |range| range.offset / unit..=(range.end() - 1) / unit)
 }
+
+#[cfg(test)]
+#[path = "area_tests.rs"]
+mod tests;

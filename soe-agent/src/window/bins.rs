@@ -339,7 +339,8 @@ mod tests {
             ask(i64::MIN..i64::MAX, 1),
             Err(BinError::TooMany { .. })
         ));
-        assert_eq!(ask(10..0, 5), Ok(0));
+        let (later, earlier) = (10, 0);
+        assert_eq!(ask(later..earlier, 5), Ok(0));
         assert_eq!(ask(-7..0, 5), Ok(2));
     }
 

@@ -275,6 +275,8 @@ pub struct EventRow {
     pub ts: UnixNanos,
     /// When it came.
     pub received: UnixNanos,
+    /// When the change of load that it announces is expected; `None` when it announces none.
+    pub expected: Option<UnixNanos>,
     /// With `source`, unique.
     pub id: String,
     /// Who says so.

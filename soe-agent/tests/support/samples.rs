@@ -88,6 +88,7 @@ pub fn volume_status(volume: &str) -> VolumeStatus {
         staging: staging(),
         predicted: prediction(),
         last_decision: Some(decision()),
+        missing: None,
     }
 }
 
@@ -106,6 +107,7 @@ pub fn fresh_volume_status(volume: &str) -> VolumeStatus {
         staging: StagingStatus::default(),
         predicted: Prediction::default(),
         last_decision: None,
+        missing: Some("/dev/loop1 is not a volume: the device has no medium (size 0)".into()),
         ..volume_status(volume)
     }
 }

@@ -68,6 +68,7 @@ impl Books {
     pub fn fail(&mut self, rig: &Rig, error: &CaptureError) {
         let name = match error {
             CaptureError::NotQuiet { .. } => "not quiet",
+            CaptureError::FreezeTooLong { .. } => "freezing takes too long",
             CaptureError::NotConverging { .. } => "not converging",
             CaptureError::FrozenButMoving { .. } => "frozen but moving",
             CaptureError::Cancelled => "cancelled",

@@ -230,6 +230,12 @@ impl Rig {
         wrong
     }
 
+    /// What every map says right now, for messages.
+    pub fn readings(&self) -> String {
+        let of = |map: &Witness| format!("{}: {:?}", map.volume(), map.inner().reading());
+        self.maps.iter().map(of).collect::<Vec<_>>().join("; ")
+    }
+
     fn rdevs(&self) -> Vec<DeviceNumber> {
         let rdev = |volume: &Volume| split(std::fs::metadata(&volume.path).expect("node").rdev());
         self.volumes.iter().map(rdev).collect()

@@ -1,6 +1,8 @@
 //! `cargo xtask bench`: figures from this machine. They are printed, never judged: a machine that
 //! does something else beside the benchmark has other figures.
 
+mod capture;
+mod figures;
 mod observe;
 mod stage;
 
@@ -16,11 +18,15 @@ pub struct Args {
 enum What {
     /// What observing costs each IO, beside biolatency of libbpf-tools, and what it costs throughput
     Observe(observe::Args),
+    /// How long captures hold writers, what share of them hold nobody, and what a differential costs,
+    /// beside freezing and copying by hand
+    Capture(capture::Args),
 }
 
 /// Runs the command.
 pub fn command(args: &Args) -> Result<i32> {
     match &args.what {
         What::Observe(args) => observe::command(args),
+        What::Capture(args) => capture::command(args),
     }
 }

@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::figures::median;
 use super::stage::{Account, Agent, Bookkeeping, Device, Running, accounts, fio};
-use crate::{place, run};
+use crate::place;
 
 const PATTERNS: [&str; 2] = ["randread", "randwrite"];
-const BUILD_LIMIT: Duration = Duration::from_secs(3000);
 const DEVICE_MIB: u64 = 256;
 
 #[derive(clap::Args)]
@@ -42,22 +42,13 @@ pub fn command(args: &Args) -> Result<i32> {
     }
     let soe = match &args.soe {
         Some(soe) => soe.clone(),
-        None => build()?,
+        None => super::stage::build()?,
     };
     let device = Device::new(DEVICE_MIB)?;
     let mut agent = Agent::new(soe)?;
     cost(args, &device, &mut agent)?;
     throughput(args, &device, &mut agent)?;
     Ok(0)
-}
-
-fn build() -> Result<PathBuf> {
-    let mut cargo = Command::new("cargo");
-    cargo
-        .args(["build", "--quiet", "--package", "soe-agent", "--bins"])
-        .current_dir(place::root());
-    run::check(&mut cargo, BUILD_LIMIT)?;
-    Ok(place::target().join("debug/soe"))
 }
 
 /// Nanoseconds per IO of all programs together.
@@ -171,33 +162,4 @@ fn throughput(args: &Args, device: &Device, agent: &mut Agent) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// The median; sorts.
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let upper = values.get(values.len() / 2).copied().unwrap_or(f64::NAN);
-    match values.len() % 2 {
-        0 => {
-            (upper
-                + values
-                    .get((values.len() / 2).wrapping_sub(1))
-                    .copied()
-                    .unwrap_or(f64::NAN))
-                / 2.0
-        }
-        _ => upper,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert!(median(&mut []).is_nan());
-    }
 }

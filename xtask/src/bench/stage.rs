@@ -2,6 +2,7 @@
 //! that watches it, a rival tool, the kernel's bookkeeping of BPF programs.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,12 +10,26 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::run;
+use crate::{place, run};
 
 const QUICK: Duration = Duration::from_secs(60);
 /// How long an agent may take to answer.
 const START: Duration = Duration::from_secs(20);
+/// Units a second of the times in /proc; the same on every x86 kernel.
+const USER_HZ: u64 = 100;
 const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+const BUILD_LIMIT: Duration = Duration::from_secs(3000);
+
+/// Builds the `soe` of this checkout.
+pub(super) fn build() -> Result<PathBuf> {
+    let mut cargo = Command::new("cargo");
+    cargo
+        .args(["build", "--quiet", "--package", "soe-agent", "--bins"])
+        .current_dir(place::root());
+    run::check(&mut cargo, BUILD_LIMIT)?;
+    Ok(place::target().join("debug/soe"))
+}
 
 /// A loop device over a file in memory: no disk's latency hides the cost of a program, and its
 /// requests pass the block layer as a disk's do.
@@ -78,13 +93,59 @@ pub(super) struct Running(Child);
 
 impl Running {
     pub(super) fn start(command: &mut Command) -> Result<Self> {
+        Self::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()))
+    }
+
+    /// Starts it with all its output in the file `log`.
+    pub(super) fn logged(command: &mut Command, log: &Path) -> Result<Self> {
+        let out = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| log.display().to_string())?;
+        let err = out.try_clone().context("log")?;
+        Self::spawn(command.stdout(out).stderr(err))
+    }
+
+    fn spawn(command: &mut Command) -> Result<Self> {
         let child = command
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
             .spawn()
             .with_context(|| format!("cannot start {}", run::show(command)))?;
         Ok(Self(child))
+    }
+
+    /// Asks it to end with `signal` and waits for that.
+    pub(super) fn interrupt(&mut self, signal: rustix::process::Signal) -> Result<()> {
+        if let Some(pid) = rustix::process::Pid::from_raw(self.0.id().cast_signed())
+            && !self.ended()
+        {
+            rustix::process::kill_process(pid, signal).context("signal")?;
+        }
+        let deadline = Instant::now() + QUICK;
+        while !self.ended() {
+            if Instant::now() > deadline {
+                bail!("process {} does not end", self.0.id());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// CPU time of the process so far, its own and the kernel's for it.
+    pub(super) fn cpu(&self) -> Result<Duration> {
+        let path = format!("/proc/{}/stat", self.0.id());
+        let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+        // Behind the name, which may hold blanks: state, ..., utime and stime are the 14th and 15th
+        // of all fields.
+        let fields = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let ticks: u64 = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse::<u64>().ok())
+            .sum();
+        Ok(Duration::from_millis(ticks * 1000 / USER_HZ))
     }
 
     /// The ids of the BPF programs that the process holds, itself or through a link.
@@ -105,7 +166,7 @@ impl Running {
         Ok(ids)
     }
 
-    fn ended(&mut self) -> bool {
+    pub(super) fn ended(&mut self) -> bool {
         !matches!(self.0.try_wait(), Ok(None))
     }
 }
@@ -151,7 +212,8 @@ impl Agent {
         })
     }
 
-    fn client(&self, arguments: &[&str]) -> Command {
+    /// A client command of this agent.
+    pub(super) fn client(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
         let socket = self.folder.path().join("soe.sock");
         command
@@ -167,14 +229,11 @@ impl Agent {
             .args(["agent", "--config"])
             .arg(self.folder.path().join("soe.toml"))
             .env("SOE_PIN_ROOT", &self.pins);
-        let mut running = Running::start(&mut command)?;
+        let mut running = Running::logged(&mut command, &self.log())?;
         let deadline = Instant::now() + START;
         while run::output(&mut self.client(&["group", "list"]), QUICK).is_err() {
             if running.ended() || Instant::now() > deadline {
-                bail!(
-                    "the agent does not answer; run it by hand to see why: {}",
-                    run::show(&command)
-                );
+                bail!("the agent does not answer: {}", self.last_words());
             }
             std::thread::sleep(Duration::from_millis(100));
         }
@@ -206,6 +265,28 @@ impl Agent {
             .as_ref()
             .context("the agent does not run")?
             .programs()
+    }
+
+    /// Where its log lies.
+    pub(super) fn log(&self) -> PathBuf {
+        self.folder.path().join("agent.log")
+    }
+
+    /// The last line of its log.
+    pub(super) fn last_words(&self) -> String {
+        let text = std::fs::read_to_string(self.log()).unwrap_or_default();
+        text.lines()
+            .last()
+            .unwrap_or("it logged nothing")
+            .to_owned()
+    }
+
+    /// Its CPU time so far.
+    pub(super) fn cpu(&self) -> Result<Duration> {
+        self.running
+            .as_ref()
+            .context("the agent does not run")?
+            .cpu()
     }
 
     /// Stops it and takes its programs out of the kernel.

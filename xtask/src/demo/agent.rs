@@ -16,7 +16,7 @@ use super::volumes::SlowOrigin;
 /// The group's name.
 pub const GROUP: &str = "demo";
 /// Age that the newest layer should not exceed.
-pub const RPO: Duration = Duration::from_secs(28);
+pub const RPO: Duration = Duration::from_secs(16);
 /// Longest pause of writes that a cut may cause.
 pub const MAX_PAUSE: Duration = Duration::from_millis(100);
 const READY_LIMIT: Duration = Duration::from_secs(30);
@@ -69,7 +69,7 @@ impl Home {
 
 fn is_tmpfs(dir: &Path) -> bool {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
-    rustix::fs::statfs(dir).is_ok_and(|fs| i64::try_from(fs.f_type) == Ok(TMPFS_MAGIC))
+    rustix::fs::statfs(dir).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC)
 }
 
 impl Drop for Home {
@@ -87,7 +87,7 @@ impl Drop for Home {
 fn configuration(home: &Home) -> String {
     let dir = home.path().display();
     format!(
-        r#"# Days compressed to seconds: load repeats after 36 s instead of a day.
+        r#"# Days compressed to seconds: load repeats after 18 s instead of a day.
 [agent]
 state_dir = "{dir}/state"
 [api]
@@ -95,16 +95,16 @@ listen = "unix:{dir}/soe.sock"
 http = "off"
 [history]
 dir = "{history}"
-interval = "1s"
-region_interval = "2s"
+interval = "500ms"
+region_interval = "1s"
 [store]
 min_free = "64MiB"
 [staging]
 path = "{stage}"
 budget = "{budget}MiB"
 [model]
-bin = "1s"
-season = "36s"
+bin = "500ms"
+season = "18s"
 train_after = "72s"
 train_every = "36s"
 [plan]
@@ -229,5 +229,12 @@ impl Agent {
             .filter(|line| line.contains(" WARN ") || line.contains(" ERROR "))
             .map(str::to_owned)
             .collect()
+    }
+}
+
+impl Drop for Agent {
+    /// Politely, so that it takes away what it keeps outside of its folder.
+    fn drop(&mut self) {
+        self.end();
     }
 }

@@ -54,10 +54,11 @@ pub fn run(soe: &Path, history: Option<&Path>, total: Duration) -> Result<bool> 
     let ready = agent.start(&origin)?;
     create_group(&agent, &volumes)?;
     say(&format!(
-        "the agent was ready after {:.1} s; group {GROUP}: RPO {} s, pause budget {} ms; bursts of about 8 s every {} s",
+        "the agent was ready after {:.1} s; group {GROUP}: RPO {} s, pause budget {} ms; bursts of about {} s every {} s",
         ready.as_secs_f64(),
         RPO.as_secs(),
         MAX_PAUSE.as_millis(),
+        workload::BURST.as_secs(),
         workload::PERIOD.as_secs()
     ));
 

@@ -14,7 +14,7 @@ mod live;
 mod process;
 mod simulated;
 mod status;
-mod stop;
+pub(crate) mod stop;
 mod summary;
 mod view;
 mod volumes;
@@ -34,7 +34,7 @@ pub struct Args {
     #[arg(long)]
     no_keep: bool,
     /// How long the workload runs, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 165, value_parser = clap::value_parser!(u64).range(30..=220))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, value_parser = clap::value_parser!(u64).range(30..=220))]
     seconds: u64,
     /// Use this program `soe` instead of building it
     #[arg(long, value_name = "FILE")]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::process;
 use super::status::{Layer, Restored, captures, quantile};
 use super::view::{LAYER_HEAD, capture_line, millis, size};
-use super::watch::Seen;
+use super::watch::{FORETOLD_WITHIN_S, Seen};
 
 const SQL_LIMIT: Duration = Duration::from_secs(60);
 
@@ -156,7 +156,10 @@ pub fn table(report: &Report<'_>) -> String {
             .collect();
         row(
             &format!("bursts foretold, {}", proof.volume),
-            format!("{foretold} of {} (within 4 s)", report.bursts),
+            format!(
+                "{foretold} of {} (within {FORETOLD_WITHIN_S} s)",
+                report.bursts
+            ),
         );
         row(
             &format!("staged ahead, {}", proof.volume),

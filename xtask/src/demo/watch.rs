@@ -20,7 +20,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// Forecasts are asked for at every so many views.
 const FORECAST_EVERY: u64 = 3;
 /// A forecast counts as right when the burst came within this of the time foretold.
-const FORETOLD_WITHIN_S: f64 = 4.0;
+pub const FORETOLD_WITHIN_S: f64 = 2.0;
 
 /// What the agent had prepared on one volume at the moment a burst began.
 #[derive(Clone, Debug)]

@@ -12,11 +12,12 @@ use super::volumes::{SlowOrigin, Volume};
 use crate::place;
 
 /// From burst to burst, on average.
-pub const PERIOD: Duration = Duration::from_secs(36);
+pub const PERIOD: Duration = Duration::from_secs(18);
 const FIRST: Duration = Duration::from_secs(12);
-const BURST: Duration = Duration::from_secs(8);
+/// How long a burst lasts.
+pub const BURST: Duration = Duration::from_secs(5);
 /// How much earlier or later than on average a burst may begin.
-const JITTER_MS: u64 = 1200;
+const JITTER_MS: u64 = 600;
 const FILL_LIMIT: Duration = Duration::from_secs(60);
 
 /// Fills the volumes: tables of which a quarter is hot, and a log.

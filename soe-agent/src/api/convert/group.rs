@@ -193,6 +193,7 @@ impl From<VolumeStatus> for pb::VolumeStatus {
             staging: Some(v.staging.into()),
             predicted: Some(v.predicted.into()),
             last_decision: v.last_decision.map(Into::into),
+            missing: v.missing,
         }
     }
 }
@@ -219,6 +220,7 @@ impl TryFrom<pb::VolumeStatus> for VolumeStatus {
             staging: required(v.staging, "staging")?.into(),
             predicted: required(v.predicted, "predicted")?.into(),
             last_decision: v.last_decision.map(Into::into),
+            missing: v.missing,
         })
     }
 }

@@ -129,6 +129,8 @@ pub struct GroupStatus {
 pub struct VolumeStatus {
     /// Path of the block device.
     pub volume: String,
+    /// Why it cannot be captured now: it is not there, or not what it was; `None` when all is well.
+    pub missing: Option<String>,
     /// Identity that survives renumbering.
     pub device_id: String,
     /// Size.

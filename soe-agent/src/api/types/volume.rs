@@ -65,11 +65,12 @@ pub struct StagingStatus {
     pub staged_bytes: u64,
     /// Of them still equal to the origin.
     pub valid_bytes: u64,
-    /// Of those ever staged: read at least once.
+    /// Of them wanted at least once: read from the area, or on the origin while they were staged.
     pub used_bytes: u64,
     /// Of those ever staged: overwritten on the origin before use.
     pub invalidated_bytes: u64,
-    /// Reads served from staging, of the reads that asked it; `None` before the first.
+    /// Share of the volume's reads that were of staged and valid blocks, since something of it is
+    /// staged, as far as the heat of its regions tells; `None` before the first read.
     pub hit_ratio: Option<f64>,
 }
 

@@ -242,6 +242,23 @@ mod tests {
         assert!(left_frozen(b"", &boot_id()).is_empty());
     }
 
+    proptest::proptest! {
+        /// The page lies in shared memory, where anybody with the right may have written.
+        #[test]
+        fn any_page_is_read_without_a_panic(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..MARKER_BYTES + 9),
+            ours in proptest::prelude::any::<bool>(),
+        ) {
+            let mut page = bytes;
+            if ours {
+                let head = content(&[], "boot");
+                let len = page.len().min(48);
+                page[..len].copy_from_slice(&head[..len]);
+            }
+            proptest::prop_assert!(left_frozen(&page, "boot").len() <= MAX_SUPERBLOCKS);
+        }
+    }
+
     #[test]
     fn no_marker_means_nothing_to_thaw() {
         assert!(

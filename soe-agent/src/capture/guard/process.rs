@@ -159,11 +159,12 @@ impl Guard {
         }
     }
 
-    /// Freezes, holds until told, until `hold` is over or until the agent is gone, and thaws.
+    /// Freezes, holds until told, until `limit` after the first freeze was asked for or until the agent
+    /// is gone, and thaws.
     ///
-    /// The freezing itself may take as long as `hold` at most: after that, what is frozen is thawed,
-    /// and the rest as soon as the kernel grants it.
-    fn hold(&mut self, hold: Duration) {
+    /// When not all is frozen at the limit, what is frozen is thawed, and the rest as soon as the
+    /// kernel grants it.
+    fn hold(&mut self, limit: Duration) {
         let Some(slots) = &self.slots else {
             self.answer(Answer::Refused {
                 index: 0,
@@ -190,7 +191,7 @@ impl Guard {
                 if slots.slots.iter().all(|s| s.state().settled()) {
                     break;
                 }
-                match self.wait(Some(began + hold), true) {
+                match self.wait(Some(began + limit), true) {
                     Woken::Settled => {}
                     Woken::Gone => gone = true,
                     // Asked to thaw before it is frozen, or too late.
@@ -215,7 +216,7 @@ impl Guard {
         self.answer(Answer::Frozen {
             took: frozen - began,
         });
-        let woken = self.wait(Some(frozen + hold), false);
+        let woken = self.wait(Some(began + limit), false);
         let all_ours = self.thaw(slots, deepest);
         let pause = began.elapsed();
         if woken == Woken::Late {

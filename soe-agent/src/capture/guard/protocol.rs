@@ -21,7 +21,7 @@ pub(crate) enum Ask {
     /// Prepare for superblocks at these depths (0 is frozen first); their mount points' descriptors
     /// come along, the marker's last.
     Prepare(Vec<u8>),
-    /// Freeze, and hold for at most this long.
+    /// Freeze, and begin to thaw after this long at the latest, frozen or not.
     Freeze(Duration),
     /// Thaw.
     Thaw,

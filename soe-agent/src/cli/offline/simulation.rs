@@ -184,15 +184,9 @@ fn access(record: &IoRecord) -> Option<TraceAccess> {
     })
 }
 
-/// An event is known from its arrival on. What it announces is not a column of the history.
+/// An event, and with it what it announces, is known from its arrival on.
 fn event(row: EventRow) -> (UnixNanos, ExternalEvent) {
-    let event = ExternalEvent {
-        id: row.id,
-        kind: row.kind,
-        volumes: row.volumes.iter().map(|v| VolumeName::from(&**v)).collect(),
-        burst_expected_at: None,
-    };
-    (row.received.max(row.ts), event)
+    (row.received.max(row.ts), row.into())
 }
 
 /// The raw outputs, column by column.

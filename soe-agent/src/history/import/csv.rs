@@ -5,8 +5,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::ImportReport;
 use super::lines::{Lines, decimal, split};
+use super::{ImportReport, append_windows};
 use crate::history::error::{HistoryError, Result};
 use crate::history::partition::Hour;
 use crate::history::read::{HistoryReader, Query};
@@ -179,7 +179,7 @@ fn derive(store: &HistoryStore, report: &mut ImportReport) -> Result<()> {
             for (name, _, to) in &spans {
                 windower.close(name, hour.start().min(to.saturating_add(1)), &mut windows);
                 if windows.len() >= CHUNK {
-                    append(store, &mut windows, report)?;
+                    append_windows(store, &mut windows, report)?;
                 }
             }
             heat.advance(hour.start(), &mut heats);
@@ -187,7 +187,7 @@ fn derive(store: &HistoryStore, report: &mut ImportReport) -> Result<()> {
         heat.push(&record, &mut heats);
         windower.push(record, &mut windows);
         if windows.len() >= CHUNK {
-            append(store, &mut windows, report)?;
+            append_windows(store, &mut windows, report)?;
         }
         if heats.len() >= CHUNK {
             append(store, &mut heats, report)?;
@@ -195,7 +195,7 @@ fn derive(store: &HistoryStore, report: &mut ImportReport) -> Result<()> {
     }
     for (name, _, to) in &spans {
         windower.end(name, *to, &mut windows);
-        append(store, &mut windows, report)?;
+        append_windows(store, &mut windows, report)?;
     }
     let books = windower.books();
     if books.counted != report.lines {

@@ -12,6 +12,7 @@ mod series;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -63,6 +64,9 @@ pub struct ImportReport {
     pub volumes: BTreeMap<Name, (UnixNanos, UnixNanos)>,
     /// Rows by table.
     pub rows: BTreeMap<Table, u64>,
+    /// What the windows made of it cover, by volume: from the first one's start to the last one's
+    /// end, which is more than the lines' own times.
+    pub covered: BTreeMap<Name, Range<UnixNanos>>,
 }
 
 impl ImportReport {
@@ -77,6 +81,15 @@ impl ImportReport {
 
     fn wrote(&mut self, table: Table, rows: usize) {
         *self.rows.entry(table).or_default() += rows as u64;
+    }
+
+    fn covers(&mut self, window: &VolumeWindow) {
+        let mine = window.start..window.end();
+        let covered = self
+            .covered
+            .entry(window.volume.clone())
+            .or_insert(mine.clone());
+        *covered = covered.start.min(mine.start)..covered.end.max(mine.end);
     }
 
     /// The first and the last time of all volumes.
@@ -147,20 +160,22 @@ fn build(
     Ok(report)
 }
 
+/// Fails when a window of the import shares time with one that is there already.
 fn refuse_overlap(out: &Path, report: &ImportReport) -> Result<()> {
-    let Some((first, last)) = report.span() else {
+    let Some(last) = report.covered.values().map(|covered| covered.end).max() else {
         return Ok(());
     };
-    let names: BTreeSet<String> = report.volumes.keys().map(|name| name.to_string()).collect();
-    let query = Query::range(first..last.saturating_add(1))
+    let names: BTreeSet<String> = report.covered.keys().map(|name| name.to_string()).collect();
+    // From the beginning: a window that began long before may still reach into the import.
+    let query = Query::range(UnixNanos::MIN..last)
         .volumes(names)
         .without_bulky();
     for window in HistoryReader::open(out)?.rows::<VolumeWindow>(&query)? {
         let window = window?;
         let overlaps = report
-            .volumes
+            .covered
             .get(&window.volume)
-            .is_some_and(|span| window.end() > span.0 && window.start <= span.1);
+            .is_some_and(|covered| window.end() > covered.start && window.start < covered.end);
         if overlaps {
             return Err(HistoryError::Import {
                 what: format!("volume {}", window.volume),
@@ -170,6 +185,20 @@ fn refuse_overlap(out: &Path, report: &ImportReport) -> Result<()> {
                 ),
             });
         }
+    }
+    Ok(())
+}
+
+/// Writes windows and counts them.
+fn append_windows(
+    store: &HistoryStore,
+    windows: &mut Vec<VolumeWindow>,
+    report: &mut ImportReport,
+) -> Result<()> {
+    store.append(windows)?;
+    report.wrote(Table::VolumeStats, windows.len());
+    for window in windows.drain(..) {
+        report.covers(&window);
     }
     Ok(())
 }

@@ -7,11 +7,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 
 use super::lines::{Lines, decimal, split};
-use super::{ImportReport, volume_name};
+use super::{ImportReport, append_windows, volume_name};
 use crate::history::error::{HistoryError, Result};
 use crate::history::partition::Hour;
 use crate::history::store::HistoryStore;
-use crate::history::table::Table;
 use crate::seam::UnixNanos;
 use crate::window::{Name, SECOND_NS, VolumeWindow};
 
@@ -200,9 +199,8 @@ fn write(
 ) -> Result<()> {
     held.sort_by(|a, b| (Hour::of(a.ts), &a.volume, a.ts).cmp(&(Hour::of(b.ts), &b.volume, b.ts)));
     for hour in held.chunk_by(|a, b| Hour::of(a.ts) == Hour::of(b.ts)) {
-        let windows: Vec<VolumeWindow> = hour.iter().map(|bin| window(bin, widths)).collect();
-        store.append(&windows)?;
-        report.wrote(Table::VolumeStats, windows.len());
+        let mut windows: Vec<VolumeWindow> = hour.iter().map(|bin| window(bin, widths)).collect();
+        append_windows(store, &mut windows, report)?;
     }
     held.clear();
     Ok(())

@@ -217,6 +217,32 @@ fn the_same_time_of_a_volume_is_imported_once() {
     assert_eq!(rows::<IoRecord>(&dir).len(), 2);
 }
 
+/// What counts is what the windows cover: a bin of hours that begins long before the import, and
+/// seconds in which a volume was idle while the trace went on.
+#[test]
+fn windows_that_reach_into_each_other_are_refused() {
+    let bins = "0,a,1,1,1,1\n7200,a,1,1,1,1\n";
+    for (first, second, overlap) in [
+        (bins, "14399000000,a,R,0,512\n", true),
+        (bins, "14400000000,a,R,0,512\n", false),
+        (bins, "14399000000,b,R,0,512\n", false),
+        // The trace goes on after the only request to a, which was idle then.
+        (
+            "9000,a,1,1,1,1\n9001,a,1,1,1,1\n",
+            "1000000,a,R,0,512\n9500000000,b,R,0,512\n",
+            true,
+        ),
+    ] {
+        let (dir, imported) = import(ImportFormat::Series, first, None);
+        imported.unwrap();
+        let before = rows::<VolumeWindow>(&dir).len();
+        let file = write(dir.path(), "second.csv", second);
+        let result = import_files(ImportFormat::Csv, &[file], None, &dir.path().join("out"));
+        assert_eq!(result.is_err(), overlap, "{first} and {second}: {result:?}");
+        assert_eq!(rows::<VolumeWindow>(&dir).len() > before, !overlap);
+    }
+}
+
 #[test]
 fn compressed_traces_and_several_files_are_read() {
     let dir = tempfile::tempdir().unwrap();
@@ -306,5 +332,34 @@ proptest! {
         let sorted = |mut rows: Vec<IoRecord>| { rows.sort_by_key(|r| (r.ts, r.volume.clone(), r.offset, r.length)); rows };
         prop_assert_eq!(sorted(rows(&dir)), sorted(rows(&again)));
         prop_assert_eq!(rows::<VolumeWindow>(&dir).len(), rows::<VolumeWindow>(&again).len());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    /// Whatever a file holds, it is imported or refused with one line that says why.
+    #[test]
+    fn any_file_is_imported_or_refused(
+        bytes in prop::collection::vec(any::<u8>(), 0..200),
+        line in "[0-9.,\"a-zRW\r\n-]{0,60}",
+        series in any::<bool>(),
+        zstd in any::<bool>(),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trace");
+        let (format, good) = match series {
+            true => (ImportFormat::Series, "0,a,1,1,1,1\n300,a,1,1,1,1\n"),
+            false => (ImportFormat::Csv, "1,a,R,0,512\n"),
+        };
+        let mut content = if zstd { b"\x28\xb5\x2f\xfd".to_vec() } else { good.as_bytes().to_vec() };
+        content.extend_from_slice(line.as_bytes());
+        content.extend_from_slice(&bytes);
+        fs::write(&path, &content).unwrap();
+        let out = dir.path().join("out");
+        if let Err(error) = import_files(format, &[path], Some("d"), &out) {
+            let text = error.to_string();
+            prop_assert!(!text.contains('\n') && text.len() < 1000, "{text}");
+            prop_assert!(leftovers(&dir).is_empty());
+        }
     }
 }

@@ -10,7 +10,7 @@ use super::support::*;
 use crate::layer::fs::SimFs;
 use crate::layer::*;
 
-fn prepared() -> (SimFs, Expected) {
+pub(super) fn prepared() -> (SimFs, Expected) {
     let fs = SimFs::new(5);
     let mut volumes = Volumes::new(&[14 * BLOCK - 7, 3 * BLOCK]);
     let mut expected = Expected::new();

@@ -12,4 +12,5 @@ mod damage;
 
 mod rules;
 
+mod lies;
 mod manual;

@@ -55,6 +55,7 @@ impl Brain {
         };
         if let Some(volume) = self.volumes.get_mut(name) {
             volume.staging.running = true;
+            volume.staging.began = now;
             volume.staging.staged_for = Some(burst.at);
         }
         out.push(Command::RecordDecision(Decision {
@@ -117,9 +118,16 @@ impl Brain {
             return;
         };
         let state = &mut volume.staging;
-        state.running = false;
+        let was_running = std::mem::take(&mut state.running);
         match outcome {
-            Ok(_) => state.failures = 0,
+            Ok(bytes) => {
+                state.failures = 0;
+                // Nothing copied says nothing, and neither does what was cut short by the burst.
+                if bytes > 0 && was_running {
+                    let took = now.saturating_sub(state.began).max(0);
+                    state.takes = Some(state.takes.map_or(took, |before| took.max(before / 2)));
+                }
+            }
             Err(reason) => {
                 state.failures = state.failures.saturating_add(1);
                 state.staged_for = None;
