@@ -36,6 +36,13 @@ pub fn run(program: &str, arguments: &[&str]) -> io::Result<String> {
     }
 }
 
+/// Makes a loop disk count its IO. The switch outlives the disk: whoever had it before may have left it
+/// off.
+pub fn count_io(node: &str) -> io::Result<()> {
+    let name = node.trim_start_matches("/dev/");
+    std::fs::write(format!("/sys/block/{name}/queue/iostats"), "1")
+}
+
 /// A loop device over a sparse file of its own.
 pub struct LoopDevice {
     /// The device node.
@@ -54,10 +61,12 @@ impl LoopDevice {
             .ok_or(io::ErrorKind::InvalidInput)?
             .to_string();
         let path = run("losetup", &["-f", "--show", "-P", &name])?;
-        Ok(Self {
+        let disk = Self {
             path: path.into(),
             backing,
-        })
+        };
+        count_io(disk.node())?;
+        Ok(disk)
     }
 
     /// The file behind it.

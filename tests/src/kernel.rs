@@ -139,6 +139,18 @@ pub fn assert_whole(map: &SliceMap) -> Reading {
     reading
 }
 
+/// [`assert_whole`], and that every event since `before` was seen: books that balance by a correction
+/// are not enough. For few writes only, because a program may be skipped under load.
+pub fn assert_exact(map: &SliceMap, before: &Reading) -> Reading {
+    let reading = assert_whole(map);
+    let lost = |reading: &Reading| {
+        let misses = reading.misses;
+        [misses.queue, misses.complete, misses.stash]
+    };
+    assert_eq!(lost(&reading), lost(before), "events that were not seen");
+    reading
+}
+
 /// The words of a file in sysfs or procfs.
 pub fn sysfs(path: impl AsRef<Path>) -> String {
     let path = path.as_ref();

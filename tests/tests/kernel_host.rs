@@ -266,6 +266,8 @@ fn refused_nowait_writes_do_not_stay_in_flight() {
     // One bio above the largest request: RWF_NOWAIT turns it away where it would have to be split.
     let _small = Setting::new(sysfs_of(&disk.path).join("queue/max_sectors_kb"), "64");
     let data = device::Aligned::new(512 << 10, 7);
+    // Pages that the partition scan left in the cache would turn the writes away before any bio.
+    write_direct(&file, 0, data.bytes().len(), 7).unwrap();
     let before = settled(&map);
     let refused = (0..200)
         .filter(|_| !write_nowait(&file, 0, data.bytes()))

@@ -310,7 +310,10 @@ fn another_backing_file_behind_a_loop_disk_is_another_disk() {
     let (first, second) = (file(), file());
     let attach = |file: &tempfile::NamedTempFile| {
         let name = file.path().display().to_string();
-        std::path::PathBuf::from(run("losetup", &["-f", "--show", "-r", &name]).unwrap())
+        let node =
+            std::path::PathBuf::from(run("losetup", &["-f", "--show", "-r", &name]).unwrap());
+        set_sysfs(sysfs_of(&node).join("queue/iostats"), "1");
+        node
     };
     struct Attached(std::path::PathBuf);
     impl Drop for Attached {

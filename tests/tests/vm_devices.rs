@@ -9,8 +9,8 @@ use soe_agent::seam::{ChangeMap, GenerationEnd, Tracking};
 use soe_tests::device::{Aligned, LoopDevice, open_direct, run, write_direct};
 use soe_tests::guest::{Md, NullBlk, ScsiDebug};
 use soe_tests::kernel::{
-    Bench, Erase, MIB, Setting, assert_whole, covers, erase, expected, ranges, settled, statistic,
-    sysfs, sysfs_of, wait_for,
+    Bench, Erase, MIB, Setting, assert_exact, assert_whole, covers, erase, expected, ranges,
+    settled, statistic, sysfs, sysfs_of, wait_for,
 };
 use soe_tests::passthrough::{Way, scsi};
 use soe_tests::torture::lies::Lie;
@@ -24,7 +24,7 @@ fn exercise(map: &SliceMap, node: &Path) {
     let file = open_direct(node).unwrap();
     write_direct(&file, 4096, 4096, 1).unwrap();
     write_direct(&file, 3 * MIB + 512, 5 << 20, 2).unwrap();
-    let after = assert_whole(map);
+    let after = assert_exact(map, &before);
     assert_eq!(after.queued - before.queued, (4096 + (5 << 20)) / 512);
     assert_eq!(
         ranges(map, since),
@@ -48,7 +48,7 @@ fn exercise_erasing(map: &SliceMap, node: &Path) {
         let since = map.bump().unwrap();
         erase(&file, how, 8 * MIB, MIB);
         erase(&file, how, 24 * MIB + 4096, 4096);
-        let after = assert_whole(map);
+        let after = assert_exact(map, &before);
         assert_eq!(after.queued - before.queued, (MIB + 4096) / 512, "{how:?}");
         assert_eq!(
             ranges(map, since),

@@ -9,8 +9,8 @@ use soe_common::SECTOR_SIZE;
 use soe_tests::device::{Aligned, LoopDevice, open_direct, run, write_direct};
 use soe_tests::guest::{Mapper, named};
 use soe_tests::kernel::{
-    Bench, DISCARD_MERGES, Erase, MIB, assert_whole, books, covers, erase, expected, ranges,
-    set_sysfs, settled, statistic, sysfs, sysfs_of, wait_for, write_nowait,
+    Bench, DISCARD_MERGES, Erase, MIB, assert_exact, assert_whole, books, covers, erase, expected,
+    ranges, set_sysfs, settled, statistic, sysfs, sysfs_of, wait_for, write_nowait,
 };
 use soe_tests::{need_kernel, uring};
 
@@ -30,13 +30,13 @@ fn a_split_bio_is_marked_and_counted_by_the_range_it_was_queued_with() {
     // 1,792 sectors, of which 897 lie before the joint.
     let start = JOINT - SECTOR_SIZE - 7 * 65536;
     write_direct(&file, start, 14 * 65536, 1).unwrap();
-    let after = assert_whole(&map);
+    let after = assert_exact(&map, &before);
     assert_eq!(after.queued - before.queued, 1792);
     assert_eq!(ranges(&map, since), expected([(start, 14 * 65536)]));
     // The smallest split: two sectors, one on either side.
     let since = map.bump().unwrap();
     write_direct(&file, JOINT - SECTOR_SIZE, 1024, 2).unwrap();
-    let last = assert_whole(&map);
+    let last = assert_exact(&map, &after);
     assert_eq!(last.queued - after.queued, 2);
     assert_eq!(
         ranges(&map, since),
@@ -84,7 +84,7 @@ fn a_thin_volume_is_tracked_through_provisioning_discards_and_zeroes() {
     write_direct(&file, 0, 4096, 1).unwrap();
     // 3 MiB from the middle of a pool block on: one bio over many pool blocks.
     write_direct(&file, 8 * MIB + 4096, 3 << 20, 2).unwrap();
-    let after = assert_whole(&map);
+    let after = assert_exact(&map, &before);
     assert_eq!(after.queued - before.queued, (4096 + (3 << 20)) / 512);
     assert_eq!(
         ranges(&map, since),
@@ -96,7 +96,7 @@ fn a_thin_volume_is_tracked_through_provisioning_discards_and_zeroes() {
         erase(&file, how, 9 * MIB, 65536);
         // Not aligned to pool blocks, over provisioned and unprovisioned ones alike.
         erase(&file, how, 10 * MIB + 4096, 40 * MIB);
-        let after = assert_whole(&map);
+        let after = assert_exact(&map, &before);
         assert_eq!(
             after.queued - before.queued,
             (65536 + 40 * MIB) / 512,
@@ -326,7 +326,7 @@ fn discards_of_scattered_ranges_in_one_request_are_marked_one_by_one() {
         3,
         "it was not one request, so nothing was shown"
     );
-    let after = assert_whole(&map);
+    let after = assert_exact(&map, &before);
     assert_eq!(after.queued - before.queued, 4 * 128);
     let mut sorted = scattered.map(|at| (at, 65536));
     sorted.sort_unstable();

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::history::SECTOR;
-use crate::device::{Aligned, LoopDevice, open_direct, run};
+use crate::device::{Aligned, LoopDevice, count_io, open_direct, run};
 
 /// A loop disk with two partitions.
 pub struct Partitioned {
@@ -115,6 +115,7 @@ impl SlowDisk {
     pub fn new(bytes: u64, write_rate: u64, request_kib: u32) -> io::Result<Self> {
         let lower = LoopDevice::new(bytes)?;
         let path = run("losetup", &["-f", "--show", "--direct-io=on", lower.node()])?;
+        count_io(&path)?;
         let mut slow = Self {
             path: path.into(),
             rule: None,
