@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use soe_common::record::CgroupStats;
 
-use super::agent::{Agent, Entry, lock};
+use super::agent::{Agent, Entry, Sampling, lock};
 use super::sampler::{WindowOf, window};
 use super::steps::{Moment, SoberTime};
 use crate::api::engine::{EngineError, ErrorKind};
@@ -109,7 +109,9 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
     };
     let window = window(of, &before, &stats);
     sampling.window = Some(window.clone());
-    let closed = fill_bin(agent, &mut sampling.bin, &window);
+    let Sampling { bin, open, .. } = &mut *sampling;
+    let usual = nanos(agent.config().history.interval);
+    let closed = spread(agent.scale, usual, bin, open, &window);
     let heat_rows = if heat {
         heat_rows(agent, entry, &mut sampling.heat, now)
     } else {
@@ -152,23 +154,25 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
 /// Spreads a window over the bins it lies in, and returns the bins that ended with it. Bins in which
 /// nothing was sampled are unknown, and so are those of a window that is much longer than it should be
 /// (the host slept, or its clock went ahead): it does not tell what happened when.
-fn fill_bin(
-    agent: &Agent,
-    bin: &mut Option<(i64, LoadBin)>,
-    window: &VolumeWindow,
-) -> Vec<(UnixNanos, Option<LoadBin>)> {
-    let usual = nanos(agent.config().history.interval);
-    spread(agent.scale, usual, bin, window)
-}
-
+///
+/// `open` is the first bin that was not told yet. The two clocks differ by a little, so a window may
+/// seem to begin in the bin before; what it has of it goes to the open one.
 fn spread(
     scale: TimeScale,
     usual: i64,
     bin: &mut Option<(i64, LoadBin)>,
+    open: &mut i64,
     window: &VolumeWindow,
 ) -> Vec<(UnixNanos, Option<LoadBin>)> {
     let end = window.start.saturating_add(window.interval.max(1));
-    let (first, last) = (scale.index_of(window.start), scale.index_of(end - 1));
+    let begins = scale.start_of(*open);
+    let start =
+        if window.start < begins && begins < end && *open - scale.index_of(window.start) == 1 {
+            begins
+        } else {
+            window.start
+        };
+    let (first, last) = (scale.index_of(start), scale.index_of(end - 1));
     let mut closed = Vec::new();
     if let Some((filling, load)) = bin.take_if(|(filling, _)| *filling != first) {
         closed.push((scale.start_of(filling), Some(load)));
@@ -185,7 +189,7 @@ fn spread(
     }
     for index in first..=last {
         let (from, to) = (scale.start_of(index), scale.start_of(index + 1));
-        let share = (end.min(to) - window.start.max(from)) as f64 / (end - window.start) as f64;
+        let share = (end.min(to) - start.max(from)) as f64 / (end - start) as f64;
         let (_, load) = bin.get_or_insert((index, LoadBin::default()));
         let add = |to: &mut f64, value: Option<u64>| *to += value.unwrap_or(0) as f64 * share;
         add(&mut load.read_bytes, window.read.bytes);
@@ -198,6 +202,8 @@ fn spread(
             closed.push((from, Some(load)));
         }
     }
+    // A clock that stepped back fills the same hours once more.
+    *open = last + i64::from(bin.is_none());
     closed
 }
 
@@ -640,8 +646,16 @@ mod tests {
     }
 
     fn closed(bin: &mut Option<(i64, LoadBin)>, window: &VolumeWindow) -> Vec<(i64, Option<f64>)> {
+        closed_from(bin, &mut 0, window)
+    }
+
+    fn closed_from(
+        bin: &mut Option<(i64, LoadBin)>,
+        open: &mut i64,
+        window: &VolumeWindow,
+    ) -> Vec<(i64, Option<f64>)> {
         let scale = TimeScale::new(Duration::from_secs(1), 24).unwrap();
-        spread(scale, S, bin, window)
+        spread(scale, S, bin, open, window)
             .into_iter()
             .map(|(start, load)| (start / S, load.map(|l| l.read_bytes)))
             .collect()
@@ -682,6 +696,18 @@ mod tests {
             [(5, Some(14.0))]
         );
         assert!(bin.is_none());
+    }
+
+    #[test]
+    fn no_bin_is_told_twice_when_a_window_seems_to_begin_too_early() {
+        let (mut bin, mut open) = (None, 0);
+        let first = closed_from(&mut bin, &mut open, &window(5 * S, S, 7));
+        assert_eq!((first, open), (vec![(5, Some(7.0))], 6));
+        let second = closed_from(&mut bin, &mut open, &window(6 * S - 900, S + 900, 8));
+        assert_eq!((second, open), (vec![(6, Some(8.0))], 7));
+        // A clock that was set back is another thing.
+        let third = closed_from(&mut bin, &mut open, &window(2 * S, S, 9));
+        assert_eq!((third, open), (vec![(2, Some(9.0))], 3));
     }
 
     #[test]
