@@ -53,6 +53,8 @@ pub(super) struct Sampling {
     pub(super) last: Option<(Moment, Vec<DiskStats>)>,
     /// The bin being filled: its index and what is in it.
     pub(super) bin: Option<(i64, LoadBin)>,
+    /// The first bin that was not told to the forecasters yet.
+    pub(super) open: i64,
     /// Heat totals at the last heat interval.
     pub(super) heat: BTreeMap<u64, (u32, u32)>,
     /// The newest window.
@@ -322,6 +324,7 @@ impl Agent {
             sampling: Mutex::new(Sampling {
                 last,
                 bin: None,
+                open: i64::MIN / 2,
                 heat: BTreeMap::new(),
                 window: None,
             }),

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use soe_common::record::CgroupStats;
 
-use super::agent::{Agent, Entry, lock};
+use super::agent::{Agent, Entry, Sampling, lock};
 use super::sampler::{WindowOf, window};
+use super::spread::spread;
 use super::steps::{Moment, SoberTime};
 use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{self, LoadSample, WatchEvent};
-use crate::model::{Forecaster, LoadBin, QuantileForecast, SHORT_HORIZON, TimeScale, VolumeName};
+use crate::model::{Forecaster, QuantileForecast, SHORT_HORIZON, VolumeName};
 use crate::observe::cgroups;
 use crate::plan::{Command, Event};
 use crate::seam::{ByteRange, ChangeMap, Clock, UnixNanos};
@@ -21,8 +22,6 @@ use crate::window::{AppStatsRow, DecisionRow, ForecastRow, RegionHeatRow, Volume
 
 /// Between two rounds of compaction and retention.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(300);
-/// A window this many times longer than configured does not tell what happened when.
-const LONG_WINDOW: i64 = 4;
 /// Bins of a forecast that are kept in the history.
 const KEPT_BINS: usize = SHORT_HORIZON;
 
@@ -109,7 +108,9 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
     };
     let window = window(of, &before, &stats);
     sampling.window = Some(window.clone());
-    let closed = fill_bin(agent, &mut sampling.bin, &window);
+    let Sampling { bin, open, .. } = &mut *sampling;
+    let usual = nanos(agent.config().history.interval);
+    let closed = spread(agent.scale, usual, bin, open, &window);
     let heat_rows = if heat {
         heat_rows(agent, entry, &mut sampling.heat, now)
     } else {
@@ -147,58 +148,6 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
             }
         }
     }
-}
-
-/// Spreads a window over the bins it lies in, and returns the bins that ended with it. Bins in which
-/// nothing was sampled are unknown, and so are those of a window that is much longer than it should be
-/// (the host slept, or its clock went ahead): it does not tell what happened when.
-fn fill_bin(
-    agent: &Agent,
-    bin: &mut Option<(i64, LoadBin)>,
-    window: &VolumeWindow,
-) -> Vec<(UnixNanos, Option<LoadBin>)> {
-    let usual = nanos(agent.config().history.interval);
-    spread(agent.scale, usual, bin, window)
-}
-
-fn spread(
-    scale: TimeScale,
-    usual: i64,
-    bin: &mut Option<(i64, LoadBin)>,
-    window: &VolumeWindow,
-) -> Vec<(UnixNanos, Option<LoadBin>)> {
-    let end = window.start.saturating_add(window.interval.max(1));
-    let (first, last) = (scale.index_of(window.start), scale.index_of(end - 1));
-    let mut closed = Vec::new();
-    if let Some((filling, load)) = bin.take_if(|(filling, _)| *filling != first) {
-        closed.push((scale.start_of(filling), Some(load)));
-        for missing in (filling + 1..first).take(scale.week_bins()) {
-            closed.push((scale.start_of(missing), None));
-        }
-    }
-    if window.interval > usual.saturating_mul(LONG_WINDOW).max(scale.bin_nanos()) {
-        *bin = None;
-        for unknown in (first..=last).take(scale.week_bins()) {
-            closed.push((scale.start_of(unknown), None));
-        }
-        return closed;
-    }
-    for index in first..=last {
-        let (from, to) = (scale.start_of(index), scale.start_of(index + 1));
-        let share = (end.min(to) - window.start.max(from)) as f64 / (end - window.start) as f64;
-        let (_, load) = bin.get_or_insert((index, LoadBin::default()));
-        let add = |to: &mut f64, value: Option<u64>| *to += value.unwrap_or(0) as f64 * share;
-        add(&mut load.read_bytes, window.read.bytes);
-        add(&mut load.write_bytes, window.write.bytes);
-        add(&mut load.read_ops, window.read.ops);
-        add(&mut load.write_ops, window.write.ops);
-        if end >= to
-            && let Some((_, load)) = bin.take()
-        {
-            closed.push((from, Some(load)));
-        }
-    }
-    closed
 }
 
 fn heat_rows(
@@ -618,80 +567,5 @@ impl Agent {
     #[cfg(not(feature = "model"))]
     pub(super) fn train(&self) -> Result<String, String> {
         Err("this build has no network (feature \"model\")".into())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::window::DirectionStats;
-
-    const S: i64 = 1_000_000_000;
-
-    fn window(start: i64, interval: i64, bytes: u64) -> VolumeWindow {
-        let stats = |bytes| DirectionStats::measured(1, bytes, Default::default(), None);
-        VolumeWindow {
-            start,
-            interval,
-            read: stats(bytes),
-            write: stats(0),
-            ..VolumeWindow::unknown(start, interval, "v".into())
-        }
-    }
-
-    fn closed(bin: &mut Option<(i64, LoadBin)>, window: &VolumeWindow) -> Vec<(i64, Option<f64>)> {
-        let scale = TimeScale::new(Duration::from_secs(1), 24).unwrap();
-        spread(scale, S, bin, window)
-            .into_iter()
-            .map(|(start, load)| (start / S, load.map(|l| l.read_bytes)))
-            .collect()
-    }
-
-    #[test]
-    fn windows_that_drift_against_the_bins_lose_and_skip_nothing() {
-        let mut bin = None;
-        let mut seen = Vec::new();
-        let (mut at, mut bytes) = (100 * S, 0.0);
-        while at < 200 * S {
-            let length = S + 13_000_000;
-            seen.extend(closed(&mut bin, &window(at, length, 1_013_000)));
-            at += length;
-            bytes += 1_013_000.0;
-        }
-        let starts: Vec<i64> = seen.iter().map(|(start, _)| *start).collect();
-        let wanted: Vec<i64> = (100..100 + starts.len() as i64).collect();
-        assert_eq!(starts, wanted, "every bin once");
-        for (start, load) in &seen {
-            let load = load.expect("a known bin");
-            assert!((load - 1e6).abs() < 1.0, "bin {start} has {load}");
-        }
-        let sum: f64 = seen.iter().filter_map(|(_, load)| *load).sum();
-        let rest = bin.map_or(0.0, |(_, load)| load.read_bytes);
-        assert!(
-            (sum + rest - bytes).abs() < 1.0,
-            "{sum} + {rest} of {bytes}"
-        );
-    }
-
-    #[test]
-    fn a_bin_ends_with_the_window_that_reaches_its_end() {
-        let mut bin = None;
-        assert_eq!(closed(&mut bin, &window(5 * S, S / 2, 7)), []);
-        assert_eq!(
-            closed(&mut bin, &window(5 * S + S / 2, S / 2, 7)),
-            [(5, Some(14.0))]
-        );
-        assert!(bin.is_none());
-    }
-
-    #[test]
-    fn a_gap_and_a_sleep_are_unknown() {
-        let mut bin = None;
-        closed(&mut bin, &window(5 * S, S / 2, 7));
-        let gap = closed(&mut bin, &window(8 * S, S / 2, 9));
-        assert_eq!(gap, [(5, Some(7.0)), (6, None), (7, None)]);
-        let mut bin = None;
-        let slept = closed(&mut bin, &window(20 * S, 5 * S, 9));
-        assert_eq!(slept, [20, 21, 22, 23, 24].map(|start| (start, None)));
     }
 }

@@ -17,6 +17,7 @@ mod report;
 mod restore;
 mod sampler;
 pub mod sink;
+mod spread;
 mod staging;
 mod state;
 mod steps;

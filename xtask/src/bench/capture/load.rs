@@ -49,9 +49,10 @@ pub(super) const PATTERNS: [Pattern; 3] = [
 
 fn fio(mount: &Path) -> Command {
     let mut command = Command::new("fio");
-    command.args(["--name=writes", "--filename=writes", "--bs=4k", "--thread"]);
+    // The folder comes first: fio joins it to the names that follow, not to those before.
     command
         .arg(format!("--directory={}", mount.display()))
+        .args(["--name=writes", "--filename=writes", "--bs=4k", "--thread"])
         .arg(format!("--size={FILE_MIB}m"));
     command
 }
@@ -65,7 +66,14 @@ pub(super) fn lay_out(mount: &Path) -> Result<()> {
         "--end_fsync=1",
         "--output=/dev/null",
     ]);
-    run::check(&mut command, FILL)
+    run::check(&mut command, FILL)?;
+    // A benchmark that writes elsewhere measures nothing.
+    let file = mount.join("writes");
+    let laid_out = std::fs::metadata(&file).is_ok_and(|meta| meta.len() == FILE_MIB << 20);
+    if !laid_out {
+        bail!("fio did not write {}", file.display());
+    }
+    Ok(())
 }
 
 /// A fio that writes until it is stopped.

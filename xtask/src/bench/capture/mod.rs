@@ -268,6 +268,15 @@ fn steady(args: &Args, soe: &Path, ground: &Ground, dir: &Path) -> Result<Value>
         let felt = felt(args, soe, ground, pattern, dir, &mut stuck)
             .with_context(|| format!("under {}", pattern.name))?;
         let (alone, captured, series) = (&felt.alone, &felt.captured, &felt.series);
+        println!(
+            "  {}: {} captures, {} held nobody, {} failed; writers were held {} times: {}",
+            pattern.name,
+            series.layers.len() + series.failed.len(),
+            series.optimistic(),
+            series.failed.len(),
+            series.pauses().len(),
+            series.pauses().shown()
+        );
         pauses.row(vec![
             pattern.name.to_owned(),
             format!("{:.0}", captured.0.iops),
