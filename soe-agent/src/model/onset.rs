@@ -268,7 +268,7 @@ mod tests {
             });
             let p = mixture.predict(series.known(), 36);
             let soon: f32 = p[..6].iter().sum();
-            // A quarter is well above the base rate; without the rule about late bursts it is below.
+            // 38 is longer than any interval before, so less than certain.
             assert!(soon > 0.25, "{early} bins before it begins: {soon}");
         }
     }
