@@ -5,46 +5,27 @@
 //!
 //! `SOE_LOAD_ROUNDS` asks for more than an ordinary run.
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use soe_agent::observe::disk::SliceMap;
-use soe_agent::observe::tracker::{Tracker, TrackerOptions};
-use soe_agent::observe::volumes;
 use soe_agent::seam::{ChangeMap, Reading, Tracking};
-use soe_tests::device::{self, LoopDevice, open_direct, write_direct};
-
-const MIB: u64 = 1 << 20;
+use soe_tests::device::{LoopDevice, open_direct, write_direct};
+use soe_tests::kernel::{Bench, MIB};
+use soe_tests::need_kernel;
 
 #[test]
 fn no_event_is_lost_under_load() {
-    if let Some(why) = device::unable() {
-        println!("SKIPPED: {why}");
-        return;
-    }
+    need_kernel!();
     let rounds: u64 = std::env::var("SOE_LOAD_ROUNDS")
         .ok()
         .and_then(|n| n.parse().ok())
         .unwrap_or(5);
-    let root = PathBuf::from(format!("/sys/fs/bpf/soe-load-{}", std::process::id()));
-    let tracker = Tracker::open(TrackerOptions {
-        pin_root: root.clone(),
-        slots: 8,
-        ..TrackerOptions::default()
-    })
-    .expect("tracker");
+    let bench = Bench::new("load");
     let disks: Vec<LoopDevice> = (0..3).map(|_| LoopDevice::new(64 * MIB).unwrap()).collect();
-    let maps: Vec<SliceMap> = disks
-        .iter()
-        .map(|disk| {
-            let volume = volumes::resolve(&disk.path).unwrap();
-            let (track, _) = tracker.track(&volume.disk).unwrap();
-            SliceMap::new(track, disk.node(), volume.start, volume.end).unwrap()
-        })
-        .collect();
+    let maps: Vec<SliceMap> = disks.iter().map(|disk| bench.map(&disk.path)).collect();
     for map in &maps {
         balanced(map);
     }
@@ -86,8 +67,6 @@ fn no_event_is_lost_under_load() {
             reading.misses
         );
     }
-    drop(tracker);
-    let _ = std::fs::remove_dir_all(&root);
 }
 
 /// Writes between one and 16 sectors at a time, anywhere.
