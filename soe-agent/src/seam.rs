@@ -202,6 +202,7 @@ pub trait ChangeMap: Send + Sync {
 /// What a paced I/O does between two requests.
 pub trait Pace: Send + Sync {
     /// Called before `bytes` are requested; blocks as long as the budget or the foreground demands.
+    /// With 0 bytes it never blocks: it only tells whether the I/O is cancelled.
     /// An error of kind [`io::ErrorKind::Interrupted`] cancels the I/O.
     fn before(&self, bytes: u64) -> io::Result<()>;
 }

@@ -37,7 +37,7 @@ use std::time::Duration;
 use soe_common::BlockIndex;
 
 use super::error::CaptureError;
-use super::pace::{TimedPace, pause_is_over};
+use super::pace::{Eager, TimedPace, pause_is_over};
 use super::ranges;
 use super::sink::{LayerSink, VolumePlan};
 use super::types::{CaptureParts, CapturePolicy, Level, Mutation, VolumeCut};
@@ -87,6 +87,10 @@ pub(super) struct Attempt<'a, 'p> {
     pub(super) passes: u32,
     last_pass: u64,
     stalled: u32,
+    /// Passes after which it is enough.
+    enough: u32,
+    /// Passes are no longer paced.
+    hurried: bool,
     bandwidth: f64,
 }
 
@@ -112,6 +116,8 @@ impl<'a, 'p> Attempt<'a, 'p> {
             passes: 0,
             last_pass: u64::MAX,
             stalled: 0,
+            enough: policy.max_passes,
+            hurried: false,
             bandwidth: FIRST_BANDWIDTH,
         })
     }
@@ -161,7 +167,21 @@ impl<'a, 'p> Attempt<'a, 'p> {
 
     /// Whether another pass may be made.
     pub(super) fn converging(&self) -> bool {
-        self.stalled < self.policy.stalled_passes && self.passes < self.policy.max_passes
+        self.stalled < self.policy.stalled_passes && self.passes < self.enough
+    }
+
+    /// Lets the passes from now on go as fast as the device can, where paced ones do not converge: what
+    /// the foreground dirties meanwhile grows with the time a pass takes, and so does the harm to it.
+    /// False when they already do.
+    pub(super) fn hurry(&mut self) -> bool {
+        if self.hurried {
+            return false;
+        }
+        self.hurried = true;
+        self.stalled = 0;
+        self.last_pass = u64::MAX;
+        self.enough = self.passes + self.policy.max_passes;
+        true
     }
 
     /// Copies what changed since the last pass, paced.
@@ -182,7 +202,13 @@ impl<'a, 'p> Attempt<'a, 'p> {
             }
         }
         let mut copied = 0;
-        let pace = TimedPace::new(self.parts.pace, self.parts.clock);
+        let eager = Eager(self.parts.pace);
+        let inner = if self.hurried {
+            &eager
+        } else {
+            self.parts.pace
+        };
+        let pace = TimedPace::new(inner, self.parts.clock);
         let began = self.parts.clock.monotonic();
         for (number, epoch) in dirty {
             let Some(volume) = self.volumes.get_mut(number) else {

@@ -6,6 +6,15 @@ use std::time::Duration;
 
 use crate::seam::{Clock, Pace};
 
+/// Holds nothing back, but can still be cancelled.
+pub(super) struct Eager<'a>(pub(super) &'a dyn Pace);
+
+impl Pace for Eager<'_> {
+    fn before(&self, _bytes: u64) -> io::Result<()> {
+        self.0.before(0)
+    }
+}
+
 /// Ends reads once the pause is over.
 pub(super) struct DeadlinePace<'a> {
     pub(super) clock: &'a dyn Clock,

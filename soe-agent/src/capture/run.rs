@@ -211,7 +211,8 @@ impl Capture<'_, '_> {
             if need <= budget && pending <= self.policy.memory_limit {
                 return Ok(pending);
             }
-            if pending == 0 || !self.attempt.converging() {
+            let goes_on = self.attempt.converging() || self.attempt.hurry();
+            if pending == 0 || !goes_on {
                 return Err(CaptureError::NotConverging {
                     passes: self.attempt.passes,
                     residual: pending,

@@ -88,6 +88,9 @@ impl<C: Clock> Pace for PacedBy<C> {
                     "the reading was cancelled",
                 ));
             }
+            if bytes == 0 {
+                return Ok(());
+            }
             match self.take(bytes) {
                 Ok(()) => return Ok(()),
                 Err(wait) => self.clock.sleep(wait),

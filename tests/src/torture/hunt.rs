@@ -66,7 +66,7 @@ impl Hunt<'_> {
                 scope.spawn(move || scribble(target, area, &self.habit, history, gate, seed));
             }
             scope.spawn(|| gate.beat(&self.rhythm, seed ^ 99));
-            let deadline = Instant::now() + Duration::from_secs(40);
+            let deadline = Instant::now() + Duration::from_secs(120);
             while books.layers < self.captures && Instant::now() < deadline {
                 match rig.capture(&ask) {
                     Ok(layer) => {

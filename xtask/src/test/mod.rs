@@ -26,7 +26,7 @@ const LINT_LIMIT: Duration = Duration::from_secs(1800);
 const BUILD_LIMIT: Duration = Duration::from_secs(3000);
 const DOCTEST_LIMIT: Duration = Duration::from_secs(900);
 /// One test program on this machine.
-const PROGRAM_LIMIT: Duration = Duration::from_secs(600);
+const PROGRAM_LIMIT: Duration = Duration::from_secs(1200);
 /// One boot of another kernel. Emulation is some twenty times slower than this machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(1800);
 
