@@ -43,7 +43,7 @@ const fn tool(program: &'static str, package: &'static str, purpose: &'static st
     }
 }
 
-const TOOLS: [Tool; 10] = [
+const TOOLS: [Tool; 11] = [
     tool("cc", "build-essential", "linking Rust programs"),
     tool("fio", "fio", "workloads"),
     tool("mkfs.ext4", "e2fsprogs", "test filesystems"),
@@ -53,6 +53,11 @@ const TOOLS: [Tool; 10] = [
     tool("sfdisk", "fdisk", "test partitions"),
     tool("fstrim", "util-linux", "discards"),
     tool("dmsetup", "dmsetup", "device-mapper volumes"),
+    tool(
+        "cpio",
+        "cpio",
+        "checking the archives that guests boot from",
+    ),
     tool(
         "bpftool",
         "bpftool",
