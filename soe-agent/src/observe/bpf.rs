@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
-use aya::programs::BtfTracePoint;
+use aya::programs::{BtfTracePoint, ProgramError};
 use aya::{Btf, EbpfLoader};
 use soe_common::record::KernelOffsets;
 
@@ -44,6 +44,16 @@ pub struct Loaded {
     pub programs: BTreeMap<String, OwnedFd>,
     /// By map name; the read-only data is `.rodata`.
     pub maps: BTreeMap<String, OwnedFd>,
+}
+
+/// How often a program is loaded before it is given up; libbpf tries as often.
+const LOAD_TRIES: u32 = 5;
+
+/// Whether the verifier stopped because a signal came in (`bpf_check` gives EAGAIN then), which says
+/// nothing about the program.
+fn interrupted(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { io_error, .. }
+        if io_error.raw_os_error() == Some(libc::EAGAIN))
 }
 
 fn failed(what: impl Into<String>) -> impl FnOnce(&dyn std::error::Error) -> TrackerError {
@@ -110,10 +120,14 @@ pub fn load(offsets: &KernelOffsets, slots: u32) -> Result<Loaded, TrackerError>
                 reason: "not in the object".into(),
             })?
             .try_into()
-            .map_err(|e: aya::programs::ProgramError| failed(name)(&e))?;
-        program
-            .load(tracepoint, &kernel)
-            .map_err(|e| failed(format!("program {name}"))(&e))?;
+            .map_err(|e: ProgramError| failed(name)(&e))?;
+        let mut tries = 0;
+        while let Err(error) = program.load(tracepoint, &kernel) {
+            tries += 1;
+            if tries == LOAD_TRIES || !interrupted(&error) {
+                return Err(failed(format!("program {name}"))(&error));
+            }
+        }
         let fd = program
             .fd()
             .map_err(|e| failed(name)(&e))?
