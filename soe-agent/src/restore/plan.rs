@@ -64,7 +64,9 @@ fn hot_runs(index: &MergedIndex, hot: &[ByteRange]) -> Vec<(u64, u64, usize)> {
     let block_size = u64::from(index.block_size());
     let mut taken = RunSet::default();
     let mut runs = Vec::new();
-    for (rank, range) in hot.iter().enumerate().filter(|(_, range)| range.len > 0) {
+    // What lies behind the volume's end is in no block, although its last one may be cut short there.
+    let inside = |range: &ByteRange| range.len > 0 && range.offset < index.volume_bytes();
+    for (rank, range) in hot.iter().enumerate().filter(|(_, range)| inside(range)) {
         let first = range.offset / block_size;
         let end = range
             .offset

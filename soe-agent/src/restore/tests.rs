@@ -184,6 +184,15 @@ fn the_order_is_newest_first_and_by_address_inside_a_layer() {
     assert_eq!(turns, 3, "{writes:?}");
 }
 
+#[test]
+fn a_hot_range_behind_the_end_of_the_volume_makes_no_block_hot() {
+    let (_, store, _) = store();
+    let image = image(&store, 1);
+    let end = image.index().volume_bytes();
+    let behind = [ByteRange::new(end, 1)];
+    assert_eq!(plan(image.index(), &behind), plan(image.index(), &[]));
+}
+
 proptest! {
     #[test]
     fn a_plan_has_each_block_once_newest_first_and_hot_ones_first_inside_a_layer(
