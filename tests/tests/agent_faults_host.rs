@@ -408,6 +408,35 @@ fn a_device_that_goes_away_is_reported_and_tracked_anew() {
     assert_eq!(soe.terminate(), 0);
 }
 
+/// No bio tells of it, so only the audit can find it; then everything is read again.
+#[test]
+fn a_backing_file_changed_behind_the_device_is_found_by_the_audit() {
+    use std::os::unix::fs::FileExt;
+    need_kernel!();
+    let disk = LoopDevice::new(32 * MIB).unwrap();
+    fill(&disk.path, 0, 32 * MIB);
+    let mut soe = Soe::new("audit", "");
+    soe.start();
+    soe.group("g", &[disk.node()]);
+    soe.capture("g");
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(disk.backing())
+        .unwrap();
+    file.write_all_at(&vec![0xa5; 16 << 20], 8 * MIB).unwrap();
+    let why = soe.run(&["layer", "capture", "g"]).refused(1);
+    assert!(
+        why.contains("AUDIT_FAIL") && why.contains("rescan"),
+        "{why}"
+    );
+    let layers = soe.capture("g");
+    assert_eq!(layers[0]["rescan_reason"], "AUDIT_FAIL", "{layers:?}");
+    assert_eq!(soe.restored_differs("g", disk.node(), &disk.path), None);
+    let again = soe.capture("g");
+    assert_eq!(again[0].get("rescan_reason"), None, "{again:?}");
+    assert_eq!(soe.terminate(), 0);
+}
+
 /// Makes the next reads of a device go to its backing file.
 fn drop_caches(device: &Path) {
     device::run("blockdev", &["--flushbufs", &device.display().to_string()]).unwrap();

@@ -105,6 +105,12 @@ impl LayerSink for ImageSink {
         use std::os::unix::fs::FileExt;
         Ok(self.image.write_all_at(data, block.0 * 65536)?)
     }
+    fn agrees(&self, _: usize, block: BlockIndex, data: &[u8]) -> Result<bool, SinkError> {
+        use std::os::unix::fs::FileExt;
+        let mut held = vec![0; data.len()];
+        self.image.read_exact_at(&mut held, block.0 * 65536)?;
+        Ok(held == data)
+    }
     fn commit(&mut self, cut: &GroupCut) -> Result<(), SinkError> {
         self.cut = Some(cut.clone());
         Ok(())
@@ -141,7 +147,13 @@ fn capture(volume: &Volume, freezer: Option<&dyn VolumeFreezer>, image: &Path) -
         baseline: false,
         policy,
     };
-    let image = File::create(image).expect("an image");
+    let image = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(image)
+        .expect("an image");
     let mut sink = ImageSink { image, cut: None };
     let cut = capture_group(&parts, &request, &mut sink).expect("a layer");
     assert_eq!(sink.cut.as_ref(), Some(&cut));

@@ -371,6 +371,19 @@ impl<'a, 'p> Attempt<'a, 'p> {
         }))
     }
 
+    /// Reads some blocks again and ends the generation if one changed without a mark since `cut`.
+    pub(super) fn audit(
+        &self,
+        number: usize,
+        cut: &VolumeCut,
+        sink: &dyn LayerSink,
+    ) -> Result<(), CaptureError> {
+        match self.volumes.get(number) {
+            Some(volume) => volume.audit(number, cut, self.parts.pace, sink, &self.policy),
+            None => Ok(()),
+        }
+    }
+
     /// Hands the residuals of the cut to the sink and describes the volumes' parts of it.
     pub(super) fn persist(
         &mut self,

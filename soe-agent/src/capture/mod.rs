@@ -22,6 +22,8 @@ mod volume;
 
 mod pace;
 
+mod audit;
+
 pub mod attempt;
 
 pub mod run;

@@ -83,6 +83,9 @@ fn capture(
             Some(freezer) if frozen && freezer.covers(number) => Level::Filesystem,
             _ => Level::Crash,
         })?;
+    for (number, cut) in volumes.iter().enumerate() {
+        capture.attempt.audit(number, cut, sink)?;
+    }
     let cut = GroupCut {
         method,
         volumes,

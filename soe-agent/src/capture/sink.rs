@@ -31,6 +31,8 @@ pub trait LayerSink: Send {
     /// Takes a block of `volume` (its number in the group); only the last block may be short.
     fn put_block(&mut self, volume: usize, block: BlockIndex, data: &[u8])
     -> Result<(), SinkError>;
+    /// Whether the layer under way, with the chain it builds on, says that `block` has this content.
+    fn agrees(&self, volume: usize, block: BlockIndex, data: &[u8]) -> Result<bool, SinkError>;
     /// Makes the layers of all volumes durable, all or none.
     fn commit(&mut self, cut: &GroupCut) -> Result<(), SinkError>;
     /// Gives up what was put. Called at most once, instead of or after a failed commit.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use soe_common::Epoch;
 use uuid::Uuid;
 
+use super::audit::AUDIT_BLOCKS;
 use super::freezer::VolumeFreezer;
 use crate::seam::{BlockReader, ChangeMap, Clock, Misses, Pace, UnixNanos};
 
@@ -104,6 +105,9 @@ pub struct CapturePolicy {
     pub stalled_passes: u32,
     /// Passes at most.
     pub max_passes: u32,
+    /// Blocks of each volume that are read again after the cut and held against the layer
+    /// (the module `audit`); 0 for none.
+    pub audit_blocks: u32,
     /// A wrong order of the protocol, so that tests can show that it is noticed.
     #[cfg(test)]
     pub(crate) mutation: Mutation,
@@ -123,6 +127,7 @@ impl Default for CapturePolicy {
             memory_limit: 128 << 20,
             stalled_passes: 3,
             max_passes: 24,
+            audit_blocks: AUDIT_BLOCKS,
             #[cfg(test)]
             mutation: Mutation::None,
         }

@@ -4,12 +4,14 @@ use std::io;
 use std::ops::Range;
 use std::time::Duration;
 
-use soe_common::Epoch;
+use soe_common::{BlockIndex, Epoch};
 use uuid::Uuid;
 
+use super::audit;
 use super::error::CaptureError;
 use super::ranges;
 use super::select::{self, Marks, Reference};
+use super::sink::LayerSink;
 use super::types::{CapturePolicy, CutRecord, LayerKind, Level, Mutation, VolumeCut, VolumeParts};
 use crate::seam::{ByteRange, Clock, GenerationEnd, Misses, Pace, Reading, Tracking};
 
@@ -225,6 +227,71 @@ impl<'a> Volume<'a> {
         }
         let misses = self.misses();
         self.check_marks(&misses, policy)
+    }
+
+    /// See [`audit`]. `cut` is this volume's, whose blocks the sink has.
+    pub(super) fn audit(
+        &self,
+        number: usize,
+        cut: &VolumeCut,
+        pace: &dyn Pace,
+        sink: &dyn LayerSink,
+        policy: &CapturePolicy,
+    ) -> Result<(), CaptureError> {
+        let (map, unit, count) = (self.parts.map, self.unit, policy.audit_blocks);
+        if count == 0 {
+            return Ok(());
+        }
+        let recent = map.changed_since(self.reference.epoch)?;
+        let recent = ranges::widen(&recent, unit, self.bytes);
+        let seed = self.generation.as_u64_pair().1 ^ u64::from(cut.record.epoch.0);
+        let chosen = audit::choose(&recent, unit, self.bytes, count, seed);
+        let mut differ = Vec::new();
+        let mut refused = None;
+        let read = self
+            .parts
+            .reader
+            .read(&chosen, unit, pace, &mut |offset, data| {
+                let block = BlockIndex(offset / u64::from(unit));
+                match sink.agrees(number, block, data) {
+                    Ok(true) => {}
+                    Ok(false) => differ.push(ByteRange::new(offset, data.len() as u64)),
+                    Err(error) => {
+                        refused = Some(error);
+                        return Err(io::Error::other("the layer store refused a block"));
+                    }
+                }
+                Ok(())
+            });
+        if let Some(source) = refused {
+            return Err(CaptureError::Sink { source });
+        }
+        read.map_err(|source| self.read_error(source))?;
+        if differ.is_empty() {
+            return Ok(());
+        }
+        // Nothing was in flight at the cut, so a write since has its mark from the queue already, unless
+        // that program was skipped: then its mark comes with its completion, and the books will tell.
+        map.settle()?;
+        if map.reading()?.misses.queue > cut.record.misses.queue {
+            return Ok(());
+        }
+        // What the next layer takes anyway proves nothing.
+        let changed = map.changed_since(cut.record.since_next)?;
+        let changed = ranges::widen(&changed, unit, self.bytes);
+        let Some(forgotten) = differ.iter().find(|b| audit::unchanged(b, &changed)) else {
+            return Ok(());
+        };
+        tracing::error!(
+            volume = self.name(),
+            offset = forgotten.offset,
+            bytes = forgotten.len,
+            "a block changed without a mark; the layer is given up"
+        );
+        Err(CaptureError::GenerationEnds {
+            volume: self.name(),
+            reason: GenerationEnd::AuditFail,
+        })
     }
 
     pub(super) fn cut(&self, level: Level, policy: &CapturePolicy) -> VolumeCut {

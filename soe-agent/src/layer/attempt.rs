@@ -138,6 +138,32 @@ impl LayerAttempt {
         self.put(volume, block, data, true)
     }
 
+    /// Whether the layer as put so far, on top of its chain, says that a block has this content.
+    ///
+    /// # Errors
+    /// [`LayerError::BadBlock`] when it does not fit.
+    pub fn agrees(
+        &self,
+        volume: usize,
+        block: BlockIndex,
+        data: &[u8],
+    ) -> Result<bool, LayerError> {
+        let target = self
+            .volumes
+            .get(volume)
+            .ok_or_else(|| no_such_volume(volume, self.volumes.len()))?;
+        target.check(block, data)?;
+        let known = if let Some(entry) = target.entries.get(&block.0) {
+            Some(entry.hash)
+        } else if target.holes.contains(block.0) {
+            Some(Hash32::ZERO_BLOCK)
+        } else {
+            let parent = target.parent.as_ref();
+            parent.map(|parent| parent.tree.block_hash(block.0))
+        };
+        Ok(known == Some(Hash32::of_block(data)))
+    }
+
     fn put(
         &mut self,
         volume: usize,
@@ -154,9 +180,7 @@ impl LayerAttempt {
         let target = self
             .volumes
             .get_mut(volume)
-            .ok_or_else(|| LayerError::BadRequest {
-                what: format!("there is no volume {volume} in a capture of {count}"),
-            })?;
+            .ok_or_else(|| no_such_volume(volume, count))?;
         target.check(block, data)?;
         let hash = Hash32::of_block(data);
         target.seen.insert(block.0..block.0 + 1);
@@ -448,6 +472,12 @@ impl VolumeAttempt {
             holes: self.holes.iter().collect(),
         };
         Ok((index, std::mem::take(&mut self.segments)))
+    }
+}
+
+fn no_such_volume(volume: usize, count: usize) -> LayerError {
+    LayerError::BadRequest {
+        what: format!("there is no volume {volume} in a capture of {count}"),
     }
 }
 

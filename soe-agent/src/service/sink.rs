@@ -102,6 +102,11 @@ impl LayerSink for StoreSink<'_> {
         Ok(())
     }
 
+    fn agrees(&self, volume: usize, block: BlockIndex, data: &[u8]) -> Result<bool, SinkError> {
+        let attempt = self.attempt.as_ref().ok_or_else(no_attempt)?;
+        Ok(attempt.agrees(volume, block, data)?)
+    }
+
     fn commit(&mut self, cut: &GroupCut) -> Result<(), SinkError> {
         let attempt = self.attempt.take().ok_or_else(no_attempt)?;
         let level = cut

@@ -21,7 +21,7 @@ use crate::capture::{
     CaptureError, CaptureParts, CapturePolicy, CaptureRequest, GroupCut, Method, VolumeFreezer,
     VolumeParts, capture_group,
 };
-use crate::seam::Unpaced;
+use crate::seam::{GenerationEnd, Unpaced};
 
 /// What a scenario is made of, besides its seed.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,6 +36,8 @@ pub struct Setup {
     pub misses: bool,
     /// Completion programs may be skipped without being counted as missed.
     pub silent_misses: bool,
+    /// Before each capture a sector changes without any event.
+    pub behind: bool,
 }
 
 /// What happened, so that tests can show that the scenarios are not idle.
@@ -49,6 +51,8 @@ pub struct Tally {
     pub failed: u64,
     /// Generations that ended.
     pub generations: u64,
+    /// Of these, those that an audit ended.
+    pub audits_failed: u64,
     /// Cuts tried, the failed ones included.
     pub tries: u64,
     /// Sectors that landed.
@@ -64,6 +68,7 @@ impl Tally {
         self.frozen += other.frozen;
         self.failed += other.failed;
         self.generations += other.generations;
+        self.audits_failed += other.audits_failed;
         self.tries += other.tries;
         self.landings += other.landings;
         self.after_failed_writes += other.after_failed_writes;
@@ -121,6 +126,7 @@ pub fn run(seed: u64, setup: &Setup) -> Result<Tally, Violation> {
         fail,
     };
     let world = World::new(seed, disks, blocks, load, setup.faults);
+    let mut behind = SmallRng::seed_from_u64(seed);
     world.run(200);
     let freezer = rng.random_bool(0.7).then(|| SimFreezer {
         world: world.clone(),
@@ -147,6 +153,9 @@ pub fn run(seed: u64, setup: &Setup) -> Result<Tally, Violation> {
             baseline: rng.random_bool(0.1),
             policy,
         };
+        if setup.behind {
+            scenario.world.change_behind(behind.random_range(0..disks));
+        }
         scenario.capture(number, &request, rng.random_bool(0.15))?;
         scenario.world.run(rng.random_range(0..400));
     }
@@ -246,8 +255,9 @@ impl Scenario {
     fn expect(&mut self, number: u32, error: &CaptureError) {
         self.tally.failed += 1;
         match error {
-            CaptureError::GenerationEnds { volume, .. } => {
+            CaptureError::GenerationEnds { volume, reason } => {
                 self.tally.generations += 1;
+                self.tally.audits_failed += u64::from(*reason == GenerationEnd::AuditFail);
                 let disk = volume.trim_start_matches("sim").parse().unwrap_or(0);
                 self.world.new_generation(disk);
             }

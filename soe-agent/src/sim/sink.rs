@@ -47,6 +47,16 @@ impl<'a> MemorySink<'a> {
     }
 }
 
+fn sectors_of(block: BlockIndex, data: &[u8]) -> Result<Vec<u64>, SinkError> {
+    if data.len() != BLOCK_SECTORS * SIM_SECTOR as usize {
+        return Err(format!("block {block:?} has {} bytes", data.len()).into());
+    }
+    Ok(data
+        .chunks_exact(SIM_SECTOR as usize)
+        .map(|bytes| bytes.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b)))
+        .collect())
+}
+
 impl LayerSink for MemorySink<'_> {
     fn begin(&mut self, _volumes: &[VolumePlan]) -> Result<(), SinkError> {
         Ok(())
@@ -58,16 +68,21 @@ impl LayerSink for MemorySink<'_> {
         block: BlockIndex,
         data: &[u8],
     ) -> Result<(), SinkError> {
-        if data.len() != BLOCK_SECTORS * SIM_SECTOR as usize {
-            return Err(format!("block {block:?} has {} bytes", data.len()).into());
-        }
-        let sectors = data
-            .chunks_exact(SIM_SECTOR as usize)
-            .map(|bytes| bytes.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b)))
-            .collect();
-        self.blocks.insert((volume, block.0), sectors);
+        self.blocks
+            .insert((volume, block.0), sectors_of(block, data)?);
         self.world.state().progress();
         Ok(())
+    }
+
+    fn agrees(&self, volume: usize, block: BlockIndex, data: &[u8]) -> Result<bool, SinkError> {
+        let seen = sectors_of(block, data)?;
+        let start = block.0 as usize * BLOCK_SECTORS;
+        let image = self.chain.images.get(volume);
+        let known = match self.blocks.get(&(volume, block.0)) {
+            Some(put) => Some(put.as_slice()),
+            None => image.and_then(|image| image.get(start..start + seen.len())),
+        };
+        Ok(known == Some(seen.as_slice()))
     }
 
     fn commit(&mut self, cut: &GroupCut) -> Result<(), SinkError> {

@@ -245,6 +245,23 @@ impl World {
         self.state().held = true;
     }
 
+    /// Changes a sector of disk `disk` without any event, as a write to a loop device's backing file.
+    pub fn change_behind(&self, disk: usize) {
+        let mut state = self.state();
+        let sectors = state.disks.get(disk).map_or(0, |d| d.sectors.len());
+        if sectors > 0 {
+            let sector = state.rng.random_range(0..sectors);
+            let value = state.next_value;
+            state.next_value += 1;
+            state.land(Landing {
+                disk,
+                sector,
+                value,
+            });
+            state.note_quiet();
+        }
+    }
+
     /// Begins a new generation of disk `disk`: its stamps start anew, as after tracking was lost.
     pub fn new_generation(&self, disk: usize) {
         let mut state = self.state();

@@ -378,6 +378,10 @@ impl LayerSink for FaultySink<'_> {
         self.sink.put_block(volume, block, data)
     }
 
+    fn agrees(&self, volume: usize, block: BlockIndex, data: &[u8]) -> Result<bool, SinkError> {
+        self.sink.agrees(volume, block, data)
+    }
+
     fn commit(&mut self, cut: &GroupCut) -> Result<(), SinkError> {
         self.sink.commit(cut)
     }
