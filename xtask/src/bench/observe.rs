@@ -2,13 +2,14 @@
 //!
 //! First, with both in the kernel at once, so that both see the same IOs: the time that the kernel
 //! accounts to SOE's programs and to those of biolatency, per IO of fio. Then, without that
-//! accounting, fio's throughput with and without SOE in turn.
+//! accounting, fio's throughput with and without SOE in turn: on a disk, and on a device in memory,
+//! where nothing but the CPU is the limit, so that every nanosecond shows.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use super::figures::median;
 use super::stage::{Account, Agent, Bookkeeping, Device, Running, accounts, fio};
@@ -16,15 +17,19 @@ use crate::place;
 
 const PATTERNS: [&str; 2] = ["randread", "randwrite"];
 const DEVICE_MIB: u64 = 256;
+const DISK_MIB: u64 = 1024;
 
 #[derive(clap::Args)]
 pub struct Args {
     /// Seconds of each measurement
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: u64,
-    /// Pairs of runs with and without SOE
+    /// Rounds of runs without, with, and again without SOE
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=100))]
     pairs: u32,
+    /// Folder on the disk to measure on, instead of the build's
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
     /// The `soe` to measure, instead of one that is built now
     #[arg(long, value_name = "FILE")]
     soe: Option<PathBuf>,
@@ -44,10 +49,22 @@ pub fn command(args: &Args) -> Result<i32> {
         Some(soe) => soe.clone(),
         None => super::stage::build()?,
     };
-    let device = Device::new(DEVICE_MIB)?;
+    let memory = Device::in_memory(DEVICE_MIB)?;
     let mut agent = Agent::new(soe)?;
-    cost(args, &device, &mut agent)?;
-    throughput(args, &device, &mut agent)?;
+    cost(args, &memory, &mut agent)?;
+    let folder = args.dir.clone().unwrap_or_else(place::target);
+    let disk = Device::on_disk(&folder, DISK_MIB)?;
+    agent.start()?;
+    agent.watch("disk", &disk.node)?;
+    agent.stop();
+    println!(
+        "throughput, {} rounds of {} s each without, with, without SOE; with/without beside the noise, which is \
+         without/without",
+        args.pairs, args.seconds
+    );
+    let of = format!("a file on the disk of {}", folder.display());
+    throughput(args, &of, &disk, &mut agent)?;
+    throughput(args, "a file in memory", &memory, &mut agent)?;
     Ok(0)
 }
 
@@ -55,7 +72,7 @@ pub fn command(args: &Args) -> Result<i32> {
 fn cost(args: &Args, device: &Device, agent: &mut Agent) -> Result<()> {
     let _books = Bookkeeping::on()?;
     agent.start()?;
-    agent.watch(&device.node)?;
+    agent.watch("memory", &device.node)?;
     let rival = match place::program("biolatency") {
         Some(path) => {
             let disk = device.node.trim_start_matches("/dev/");
@@ -124,42 +141,42 @@ fn report(who: &str, pattern: &str, ios: u64, before: Accounts, after: Accounts)
     per_io
 }
 
-/// Throughput with and without the programs, in turn, so that what else changes meets both.
-fn throughput(args: &Args, device: &Device, agent: &mut Agent) -> Result<()> {
-    println!("throughput, {} pairs of {} s", args.pairs, args.seconds);
+/// Throughput with and without the programs, in turn, so that what else changes meets both; between two
+/// runs without, which say how much runs differ by themselves.
+fn throughput(args: &Args, of: &str, device: &Device, agent: &mut Agent) -> Result<()> {
     for pattern in PATTERNS {
-        let mut ratios = Vec::new();
         let (mut with, mut without) = (Vec::new(), Vec::new());
-        for pair in 0..args.pairs {
-            // Which comes first changes, or a drift of the machine would look like a cost.
-            for watched in if pair % 2 == 0 {
-                [true, false]
-            } else {
-                [false, true]
-            } {
-                if watched {
-                    agent.start()?;
-                } else {
-                    agent.stop();
-                }
-                let load = fio(Path::new(&device.node), pattern, args.seconds)?;
-                if watched { &mut with } else { &mut without }.push(load.iops);
-            }
+        let (mut ratios, mut noise) = (Vec::new(), Vec::new());
+        for _ in 0..args.pairs {
+            let run = || fio(Path::new(&device.node), pattern, args.seconds).map(|load| load.iops);
+            let before = run()?;
+            agent.start()?;
+            let watched = run()?;
             agent.stop();
-            let pair = with
-                .last()
-                .zip(without.last())
-                .context("a pair was measured")?;
-            ratios.push(pair.0 / pair.1);
+            let after = run()?;
+            with.push(watched);
+            without.extend([before, after]);
+            ratios.push(watched * 2.0 / (before + after));
+            noise.push(after / before);
         }
         println!(
-            "  {pattern}: {:.0} IOPS with, {:.0} without (medians); with/without {:.3} (median of pairs, {:.3} to {:.3})",
+            "  {pattern} on {of}: {:.0} IOPS with, {:.0} without (medians); {} beside {}",
             median(&mut with),
             median(&mut without),
-            median(&mut ratios),
-            ratios.first().copied().unwrap_or(f64::NAN),
-            ratios.last().copied().unwrap_or(f64::NAN),
+            spread(&mut ratios),
+            spread(&mut noise),
         );
     }
     Ok(())
+}
+
+/// The median, and the range, of ratios.
+fn spread(ratios: &mut [f64]) -> String {
+    let middle = median(ratios);
+    let end = |at: Option<&f64>| at.copied().unwrap_or(f64::NAN);
+    format!(
+        "{middle:.3} ({:.3} to {:.3})",
+        end(ratios.first()),
+        end(ratios.last())
+    )
 }

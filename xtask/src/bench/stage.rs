@@ -31,25 +31,39 @@ pub(super) fn build() -> Result<PathBuf> {
     Ok(place::target().join("debug/soe"))
 }
 
-/// A loop device over a file in memory: no disk's latency hides the cost of a program, and its
-/// requests pass the block layer as a disk's do.
+/// A loop device over a file of its own.
 pub(super) struct Device {
     pub(super) node: String,
     file: PathBuf,
 }
 
 impl Device {
-    pub(super) fn new(mib: u64) -> Result<Self> {
-        let file = PathBuf::from(format!("/dev/shm/soe-bench-{}", std::process::id()));
+    /// Over a file in memory: no disk's latency hides the cost of a program, and its requests pass the
+    /// block layer as a disk's do.
+    pub(super) fn in_memory(mib: u64) -> Result<Self> {
+        Self::over(Path::new("/dev/shm"), mib, &[])
+    }
+
+    /// Over a file on the disk of `folder`, past the page cache.
+    pub(super) fn on_disk(folder: &Path, mib: u64) -> Result<Self> {
+        Self::over(folder, mib, &["--direct-io=on"])
+    }
+
+    fn over(folder: &Path, mib: u64, options: &[&str]) -> Result<Self> {
+        let file = folder.join(format!("soe-bench-{}", std::process::id()));
         let path = file.display().to_string();
         let made = run::check(
             Command::new("dd")
-                .args(["if=/dev/zero", "bs=1M", "status=none"])
+                .args(["if=/dev/zero", "bs=1M", "status=none", "conv=fsync"])
                 .arg(format!("of={path}"))
                 .arg(format!("count={mib}")),
             QUICK,
         )
-        .and_then(|()| run::output(Command::new("losetup").args(["-f", "--show", &path]), QUICK));
+        .and_then(|()| {
+            let mut losetup = Command::new("losetup");
+            losetup.args(["-f", "--show"]).args(options).arg(&path);
+            run::output(&mut losetup, QUICK)
+        });
         match made {
             Ok(node) => Ok(Self {
                 node: node.trim().to_owned(),
@@ -242,11 +256,11 @@ impl Agent {
     }
 
     /// Makes a group of the device and captures it once, so that nothing is due during a measurement.
-    pub(super) fn watch(&self, device: &str) -> Result<()> {
+    pub(super) fn watch(&self, group: &str, device: &str) -> Result<()> {
         let create = [
             "group",
             "create",
-            "bench",
+            group,
             "--prediction",
             "off",
             "--rpo",
@@ -255,7 +269,7 @@ impl Agent {
             device,
         ];
         run::output(&mut self.client(&create), QUICK)?;
-        run::output(&mut self.client(&["layer", "capture", "bench"]), QUICK)?;
+        run::output(&mut self.client(&["layer", "capture", group]), QUICK)?;
         Ok(())
     }
 

@@ -130,7 +130,7 @@ fn watched(soe: &Path, ground: &Ground) -> Result<Agent> {
     let mut agent = Agent::new(soe.to_owned())?;
     agent.start()?;
     agent
-        .watch(&ground.node)
+        .watch(series::GROUP, &ground.node)
         .with_context(|| format!("the agent said: {}", agent.last_words()))?;
     Ok(agent)
 }
