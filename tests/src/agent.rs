@@ -35,6 +35,26 @@ pub fn binary() -> PathBuf {
     soe
 }
 
+/// A loopback port that nobody listened on a moment ago.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    listener.local_addr().expect("its number").port()
+}
+
+/// What a listener on the loopback address answers to a GET, head and body.
+pub fn http_get(port: u16, path: &str) -> String {
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).expect("a listener");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n"
+    )
+    .expect("a request");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
+}
+
 /// What a command said and how it ended.
 #[derive(Debug)]
 pub struct Outcome {
@@ -141,6 +161,14 @@ impl Soe {
             self.state().display(),
             self.socket().display()
         );
+        std::fs::write(self.config(), text).expect("configuration");
+    }
+
+    /// Writes the configuration anew, with an HTTP listener.
+    pub fn configure_http(&self, port: u16, more: &str) {
+        self.configure(more);
+        let text = std::fs::read_to_string(self.config()).expect("configuration");
+        let text = text.replace("http = \"off\"", &format!("http = \"127.0.0.1:{port}\""));
         std::fs::write(self.config(), text).expect("configuration");
     }
 

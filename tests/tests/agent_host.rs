@@ -11,7 +11,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustix::process::{Signal, kill_process};
 use serde_json::Value;
-use soe_tests::agent::{Soe, accepts_writes, difference};
+use soe_tests::agent::{Soe, accepts_writes, difference, free_port, http_get};
 use soe_tests::device::{self, Aligned, LoopDevice, Mounted, open_direct, write_direct};
 
 macro_rules! need_kernel {
@@ -510,5 +510,80 @@ fn a_device_is_restored_in_place() {
         ])
         .refused(1);
     assert!(why.contains(small.node()), "{why}");
+    assert_eq!(soe.terminate(), 0);
+}
+
+/// The names in docs/metrics.md that every agent with a captured volume must tell; what others tell
+/// of needs a burst, a frozen filesystem, an event or a fault.
+const ALWAYS_TOLD: &[&str] = &[
+    "soe_build_info",
+    "soe_start_time_seconds",
+    "soe_volumes_tracked",
+    "soe_volume_operations_total",
+    "soe_volume_bytes_total",
+    "soe_volume_queue_depth",
+    "soe_volume_sequential_ratio",
+    "soe_observe_misses_total",
+    "soe_tracking_complete",
+    "soe_changed_blocks_pending",
+    "soe_history_rows_total",
+    "soe_history_size_bytes",
+    "soe_captures_total",
+    "soe_capture_pause_seconds_count",
+    "soe_capture_duration_seconds_count",
+    "soe_capture_optimistic_attempts_total",
+    "soe_capture_read_bytes_total",
+    "soe_capture_stored_bytes_total",
+    "soe_layers",
+    "soe_layer_age_seconds",
+    "soe_store_size_bytes",
+    "soe_restore_bytes_total",
+    "soe_restores_total",
+    "soe_throttled_seconds_total",
+    "soe_api_requests_total",
+];
+
+#[test]
+fn the_documented_metrics_are_told() {
+    need_kernel!();
+    let disk = LoopDevice::new(32 * MIB).unwrap();
+    write_direct(&open_direct(&disk.path).unwrap(), 0, 4 << 20, 3).unwrap();
+    let port = free_port();
+    let mut soe = Soe::new("metrics", "");
+    soe.configure_http(port, "");
+    soe.start();
+    soe.group("g", &[disk.node()]);
+    soe.capture("g");
+    write_direct(&open_direct(&disk.path).unwrap(), 0, 1 << 20, 4).unwrap();
+    assert_eq!(soe.restored_differs("g", disk.node(), &disk.path), Some(0));
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let value = loop {
+        let text = http_get(port, "/metrics");
+        let value = |name: &str| {
+            text.lines()
+                .filter(|line| {
+                    line.strip_prefix(name)
+                        .is_some_and(|r| r.starts_with([' ', '{']))
+                })
+                .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
+                .reduce(|a, b| a + b)
+        };
+        let missing: Vec<&&str> = ALWAYS_TOLD.iter().filter(|n| value(n).is_none()).collect();
+        if missing.is_empty() && value("soe_changed_blocks_pending") > Some(0.0) {
+            break [
+                "soe_volumes_tracked",
+                "soe_layers",
+                "soe_changed_blocks_pending",
+            ]
+            .map(|name| value(name).unwrap_or_default());
+        }
+        assert!(Instant::now() < deadline, "not told: {missing:?} in {text}");
+        std::thread::sleep(Duration::from_millis(500));
+    };
+    assert_eq!(
+        value,
+        [1.0, 1.0, 16.0],
+        "one volume, one layer, 1 MiB changed"
+    );
     assert_eq!(soe.terminate(), 0);
 }

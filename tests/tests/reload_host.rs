@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
-use soe_tests::agent::Soe;
+use soe_tests::agent::{Soe, free_port};
 use soe_tests::device::{self, LoopDevice};
 
 macro_rules! need_kernel {
@@ -37,12 +37,6 @@ fn reload(soe: &Soe, word: &str) {
     }
 }
 
-/// A loopback port that nobody listened on a moment ago.
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    listener.local_addr().unwrap().port()
-}
-
 /// Posts one CloudEvent and returns the status of the answer.
 fn post(port: u16, id: &str, more: &str) -> u16 {
     let body = format!(
@@ -66,21 +60,13 @@ fn post(port: u16, id: &str, more: &str) -> u16 {
         .unwrap_or_else(|| panic!("{answer:?}"))
 }
 
-/// Writes the configuration with an HTTP listener.
-fn configure(soe: &Soe, port: u16, more: &str) {
-    soe.configure(more);
-    let text = std::fs::read_to_string(soe.config()).unwrap();
-    let text = text.replace("http = \"off\"", &format!("http = \"127.0.0.1:{port}\""));
-    std::fs::write(soe.config(), text).unwrap();
-}
-
 #[test]
 fn a_changed_configuration_is_taken_over_and_a_bad_one_is_not() {
     need_kernel!();
     let disk = LoopDevice::new(32 * MIB).unwrap();
     let port = free_port();
     let mut soe = Soe::new("reload", "");
-    configure(&soe, port, "");
+    soe.configure_http(port, "");
     soe.start();
     soe.run(&["group", "create", "g", "--volume", disk.node()])
         .ok();
@@ -89,9 +75,7 @@ fn a_changed_configuration_is_taken_over_and_a_bad_one_is_not() {
     assert_eq!(post(port, "1", ""), 202);
 
     // All of a good file: what can change does, the rest is named.
-    configure(
-        &soe,
-        port,
+    soe.configure_http(port,
         "[plan]\nrpo = \"2h\"\nmax_pause = \"50ms\"\n[history]\ninterval = \"2s\"\n[event]\nsource = []\n\
          [store]\ncompression = \"none\"\nmin_free = \"16MiB\"",
     );
@@ -133,12 +117,11 @@ fn a_changed_configuration_is_taken_over_and_a_bad_one_is_not() {
     );
 
     // A bad file is refused whole, and its line is named.
-    configure(&soe, port, "[plan]\nrpo = \"3h\"\n[limits]\ncpu = -1");
+    soe.configure_http(port, "[plan]\nrpo = \"3h\"\n[limits]\ncpu = -1");
     reload(&soe, "was not read again");
     assert!(soe.log().contains("soe.toml:10:"), "{}", soe.log());
     assert_eq!(status(&soe)["rpo_s"], 7200);
-    configure(
-        &soe,
+    soe.configure_http(
         port,
         "[plan]\nrpo = \"3h\"\n[event]\nsource = []\nsuorce = []",
     );
@@ -149,7 +132,7 @@ fn a_changed_configuration_is_taken_over_and_a_bad_one_is_not() {
     assert_eq!(status(&soe)["rpo_s"], 7200);
 
     // The log follows, too.
-    configure(&soe, port, "");
+    soe.configure_http(port, "");
     let text = std::fs::read_to_string(soe.config()).unwrap();
     std::fs::write(soe.config(), text.replace("\"info\"", "\"debug\"")).unwrap();
     reload(&soe, "is in effect");
@@ -166,7 +149,7 @@ fn an_announcement_outlives_a_restart() {
     let port = free_port();
     let model = "[history]\ninterval = \"100ms\"\n[model]\nbin = \"100ms\"\nseason = \"10s\"";
     let mut soe = Soe::new("announce", "");
-    configure(&soe, port, model);
+    soe.configure_http(port, model);
     soe.start();
     soe.group("g", &[disk.node()]);
     let volume = format!(",\"volumes\":\"{}\"", disk.node());

@@ -20,6 +20,7 @@ pub struct PacedBy<C> {
     clock: C,
     rate: AtomicU64,
     cancelled: AtomicBool,
+    waited_ns: AtomicU64,
     bucket: Mutex<Bucket>,
 }
 
@@ -37,6 +38,7 @@ impl<C: Clock> PacedBy<C> {
             clock,
             rate: AtomicU64::new(rate),
             cancelled: AtomicBool::new(false),
+            waited_ns: AtomicU64::new(0),
             bucket: Mutex::new(Bucket {
                 tokens: 0.0,
                 filled,
@@ -52,6 +54,11 @@ impl<C: Clock> PacedBy<C> {
     /// Changes the rate, also for I/O that waits already.
     pub fn set_rate(&self, bytes_per_second: u64) {
         self.rate.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// How long I/O was held back so far.
+    pub fn waited(&self) -> Duration {
+        Duration::from_nanos(self.waited_ns.load(Ordering::Relaxed))
     }
 
     /// Ends this and every later I/O with [`io::ErrorKind::Interrupted`].
@@ -93,7 +100,11 @@ impl<C: Clock> Pace for PacedBy<C> {
             }
             match self.take(bytes) {
                 Ok(()) => return Ok(()),
-                Err(wait) => self.clock.sleep(wait),
+                Err(wait) => {
+                    self.clock.sleep(wait);
+                    let ns = u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX);
+                    self.waited_ns.fetch_add(ns, Ordering::Relaxed);
+                }
             }
         }
     }

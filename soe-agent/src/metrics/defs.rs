@@ -94,8 +94,7 @@ define! {
     gauge changed_blocks_pending "soe_changed_blocks_pending" ["volume"] Count Stable, "Blocks the next differential would hold if it were cut now.";
     counter rescans "soe_rescans" ["volume", "reason"] Count Stable, "Generations that ended, by reason.";
 
-    counter history_rows "soe_history_rows" ["table"] Count Stable, "Rows made durable.";
-    counter history_failures "soe_history_failures" ["table"] Count Stable, "Files of the history that could not be written.";
+    counter history_rows "soe_history_rows" ["result"] Count Stable, "Rows of the history; result is written or dropped (what could not be written for too long).";
     gauge history_size "soe_history_size_bytes" [] Bytes Stable, "Size of the history on disk.";
 
     counter captures "soe_captures" ["group", "kind", "method", "outcome"] Count Stable, "Attempts to capture; outcome is done or failed.";
@@ -105,7 +104,7 @@ define! {
     counter capture_optimistic "soe_capture_optimistic_attempts" ["group", "outcome"] Count Experimental, "Tries of the zero-pause cut; outcome is won or lost.";
     counter capture_read "soe_capture_read_bytes" ["volume"] Bytes Stable, "Bytes read from the volume by captures, pre-copy passes included.";
     counter capture_stored "soe_capture_stored_bytes" ["volume"] Bytes Stable, "Bytes added to the store.";
-    counter guard_thaws "soe_guard_forced_thaws" [] Count Stable, "Freezes that the guard ended because the deadline passed or the agent died.";
+    counter guard_thaws "soe_guard_forced_thaws" [] Count Stable, "Freezes that ended before the agent thawed them: the deadline passed, or somebody else thawed.";
     gauge layers "soe_layers" ["volume", "kind"] Count Stable, "Durable layers; kind is baseline or differential.";
     gauge layer_age "soe_layer_age_seconds" ["volume"] Seconds Stable, "Time since the cut of the newest durable layer.";
     gauge store_size "soe_store_size_bytes" [] Bytes Stable, "Size of the layer store.";
@@ -118,14 +117,14 @@ define! {
     counter staging_invalidated "soe_staging_invalidated_bytes" ["volume"] Bytes Stable, "Bytes overwritten on the origin before use.";
 
     counter forecasts "soe_forecasts" ["member"] Count Stable, "Forecasts served, by member.";
-    histogram forecast_duration "soe_forecast_duration_seconds" [] Seconds Experimental by works, "Time to forecast all volumes.";
+    histogram forecast_duration "soe_forecast_duration_seconds" [] Seconds Experimental by works, "Time to forecast one volume.";
     histogram training_duration "soe_training_duration_seconds" [] Seconds Experimental by works, "Time of one training.";
-    gauge quantile_loss "soe_forecast_quantile_loss" ["volume", "member"] Count Experimental, "Weighted quantile loss of the matured forecasts.";
+    gauge quantile_loss "soe_forecast_quantile_loss_bytes_per_second" ["volume", "member"] BytesPerSecond Experimental, "Recent mean pinball loss of the matured forecasts.";
     gauge predicted_load "soe_predicted_load_bytes_per_second" ["volume", "quantile"] BytesPerSecond Stable, "Forecast load of the next bin; quantile is 0.1, 0.5 or 0.9.";
     gauge burst_probability "soe_burst_probability_ratio" ["volume"] Ratio Stable, "Probability of a burst within the horizon.";
     counter decisions "soe_decisions" ["volume", "action"] Count Stable, "Decisions of the planner; action is capture, stage or wait.";
 
-    counter throttled "soe_throttled_seconds" ["work"] Seconds Experimental, "Whole seconds that background work waited for its budget or the foreground; work is capture or stage.";
+    counter throttled "soe_throttled_seconds" ["volume"] Seconds Experimental, "Whole seconds that captures and staging of the volume waited for their budget or the foreground.";
     counter api_requests "soe_api_requests" ["call", "outcome"] Count Stable, "gRPC calls; outcome is done, abandoned or the kind of error.";
     counter events "soe_events" ["outcome"] Count Stable, "Events over HTTP; outcome is stored, known, refused or failed.";
 }

@@ -218,6 +218,10 @@ impl Agent {
             jobs: Mutex::default(),
             config: RwLock::new(Arc::new(config)),
         };
+        agent
+            .metrics
+            .start_time
+            .set([], agent.clock.now() as f64 / 1e9);
         agent.adopt_groups();
         agent.prime();
         agent.recall_announcements();

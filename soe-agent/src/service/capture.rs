@@ -337,6 +337,8 @@ impl Agent {
                 "writers were held"
             );
         }
+        let ended = pauses.iter().filter(|t| !t.intact).count() as u64;
+        self.metrics.guard_thaws.with([]).inc_by(ended);
         let missed = pauses.iter().filter(|t| t.pause > budget).count() as u64;
         if missed == 0 {
             return;

@@ -12,6 +12,7 @@ use super::agent::{Agent, Entry, Sampling, lock};
 use super::sampler::{WindowOf, window};
 use super::spread::spread;
 use super::steps::{Moment, SoberTime};
+use super::vitals;
 use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{self, LoadSample, WatchEvent};
 use crate::model::{Forecaster, QuantileForecast, SHORT_HORIZON, VolumeName};
@@ -22,6 +23,8 @@ use crate::window::{AppStatsRow, DecisionRow, ForecastRow, RegionHeatRow, Volume
 
 /// Between two rounds of compaction and retention.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(300);
+/// Between two looks at what the metrics tell of the agent itself.
+const VITALS_EVERY: Duration = Duration::from_secs(15);
 /// Bins of a forecast that are kept in the history.
 const KEPT_BINS: usize = SHORT_HORIZON;
 
@@ -34,6 +37,7 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let clock = agent.clock.clone();
     let (mut ticked, mut maintained) = (clock.monotonic(), clock.monotonic());
     let mut heat_at = clock.monotonic();
+    let (told, mut looked) = (vitals::Told::default(), None);
     let mut sampled = clock.monotonic();
     let mut apps = BTreeMap::new();
     let mut sober = SoberTime::new(Moment::now(&*clock));
@@ -65,6 +69,10 @@ pub(super) fn beat(agent: &Arc<Agent>) {
         if now >= ticked + agent.config().plan.tick {
             ticked = now;
             agent.apply(Event::Tick);
+        }
+        if looked.is_none_or(|at| now >= at + VITALS_EVERY) {
+            looked = Some(now);
+            vitals::publish(agent, &told);
         }
         if now >= maintained + MAINTAIN_EVERY {
             maintained = now;
@@ -294,6 +302,9 @@ fn publish(agent: &Agent, entry: &Entry, window: &VolumeWindow) {
     metrics
         .volume_queue_depth
         .set([name], window.queue_depth.map_or(0.0, |q| q.mean));
+    metrics
+        .volume_sequential
+        .set([name], window.sequential_share.unwrap_or(0.0));
     let complete = matches!(entry.map.tracking(), crate::seam::Tracking::Complete);
     metrics
         .tracking_complete
@@ -388,7 +399,12 @@ impl Agent {
                 }
             }
             Command::Forecast { volume, horizon } => {
+                let began = self.clock.monotonic();
                 let forecast = lock(&self.mind).mixture.forecast(&volume, horizon)?;
+                let took = self.clock.monotonic() - began;
+                self.metrics
+                    .forecast_duration
+                    .observe([], took.as_secs_f64());
                 self.keep_forecast(&volume, &forecast);
                 return Some(Event::ForecastReady {
                     volume,

@@ -22,6 +22,7 @@ mod staging;
 mod state;
 mod steps;
 mod trace;
+mod vitals;
 
 use std::path::PathBuf;
 use std::sync::Arc;
