@@ -513,6 +513,47 @@ fn a_device_is_restored_in_place() {
     assert_eq!(soe.terminate(), 0);
 }
 
+/// What was read often is known after a restart, from the history and from nothing else: neither is
+/// forgotten nor counted twice what the pinned programs counted before.
+#[test]
+fn a_restarted_agent_stages_what_was_read_before() {
+    need_kernel!();
+    const READS: u64 = 200;
+    let disk = LoopDevice::new(32 * MIB).unwrap();
+    // Zeroes are not staged.
+    write_direct(&open_direct(&disk.path).unwrap(), 0, 32 << 20, 5).unwrap();
+    let mut soe = Soe::new("reheat", "");
+    let area = soe.dir.path().join("staging").display().to_string();
+    soe.configure(&format!(
+        "[history]\ninterval = \"1s\"\nregion_interval = \"1s\"\n\
+         [staging]\npath = \"{area}\"\nbudget = \"16MiB\""
+    ));
+    soe.start();
+    soe.group("g", &[disk.node()]);
+    let file = open_direct(&disk.path).unwrap();
+    let mut buffer = Aligned::new(4096, 0);
+    for n in 0..READS {
+        let offset = 9 * MIB + n % 200 * 4096;
+        file.read_exact_at(buffer.bytes_mut(), offset).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(soe.terminate(), 0);
+    soe.start();
+    std::thread::sleep(Duration::from_millis(1500));
+    let report = soe.run(&["stage", "now", disk.node(), "--json"]).json();
+    let staged = report["valid_bytes"].as_u64();
+    assert_eq!(soe.terminate(), 0);
+    let history = soe.state().join("history").display().to_string();
+    assert_eq!(staged, Some(MIB), "the one region that was read: {report}");
+    for table in ["region_heat", "app_stats"] {
+        let query = format!("SELECT CAST(sum(read_ops) AS BIGINT) AS n FROM {table}");
+        let row = soe
+            .run(&["sql", "--history", &history, "--json", &query])
+            .json();
+        assert_eq!(row["n"].as_u64(), Some(READS), "{table}: {row}");
+    }
+}
+
 /// The names in docs/metrics.md that every agent with a captured volume must tell; what others tell
 /// of needs a burst, a frozen filesystem, an event or a fault.
 const ALWAYS_TOLD: &[&str] = &[

@@ -24,7 +24,7 @@ use crate::layer::fs::DirFs;
 use crate::layer::{LayerStore, StoreOptions};
 use crate::metrics::Metrics;
 use crate::model::mixture::{Mixture, MixtureConfig};
-use crate::model::{Forecaster, LoadBin, TimeScale, Trained};
+use crate::model::{LoadBin, TimeScale, Trained};
 use crate::observe::disk::{DiskTrack, SliceMap};
 use crate::observe::tracker::{Start, Tracker, TrackerOptions};
 use crate::observe::volumes::{self, Volume};
@@ -224,6 +224,7 @@ impl Agent {
             .set([], agent.clock.now() as f64 / 1e9);
         agent.adopt_groups();
         agent.prime();
+        agent.prime_heat();
         agent.recall_announcements();
         agent.ready.store(true, Ordering::SeqCst);
         Ok(agent)
@@ -319,6 +320,11 @@ impl Agent {
         // The first window begins now; what the kernel counted while no agent ran belongs to none.
         let last = track.stats().ok();
         let last = last.map(|stats| (Moment::now(&*self.clock), stats));
+        let heat = track
+            .heat()
+            .into_iter()
+            .map(|(region, heat)| (region, (heat.reads, heat.writes)))
+            .collect();
         let region = soe_common::SECTOR_SIZE << track.geometry().region_shift;
         let entry = Arc::new(Entry {
             name: name.to_string(),
@@ -329,7 +335,7 @@ impl Agent {
                 last,
                 bin: None,
                 open: i64::MIN / 2,
-                heat: BTreeMap::new(),
+                heat,
                 window: None,
             }),
             heat: Mutex::new(HeatMap::new(ScoreConfig {
@@ -406,58 +412,6 @@ impl Agent {
         group
             .max_pause_us
             .map_or(self.config().plan.max_pause, Duration::from_micros)
-    }
-
-    /// Feeds the forecasters with the history of before, as far back as they remember.
-    fn prime(&self) {
-        let names: Vec<String> = lock(&self.entries).keys().cloned().collect();
-        if names.is_empty() {
-            return;
-        }
-        let reader = match crate::history::HistoryReader::open(self.history.dir()) {
-            Ok(reader) => reader,
-            Err(error) => return tracing::warn!(%error, "forecasts begin without history"),
-        };
-        let now = self.clock.now();
-        let bin = self.scale.bin_nanos();
-        let span = i64::try_from(self.scale.season().as_nanos())
-            .unwrap_or(i64::MAX / 16)
-            .saturating_mul(8);
-        let end = crate::window::floor_to(now, bin);
-        let start = crate::window::floor_to(now.saturating_sub(span), bin);
-        let query = crate::history::Query::range(start..end)
-            .volumes(names)
-            .skip_damage();
-        let (series, skipped) = match reader.load_bins(&query, bin) {
-            Ok(read) => read,
-            Err(error) => return tracing::warn!(%error, "forecasts begin without history"),
-        };
-        for error in skipped {
-            tracing::warn!(%error, "a file of the history is left out");
-        }
-        let mut mind = lock(&self.mind);
-        for (name, series) in series {
-            let volume = crate::model::VolumeName::from(&*name);
-            for (index, load) in series.bins.iter().enumerate() {
-                let start = series.start_of(index);
-                let load = load.as_ref().and_then(|bin| {
-                    Some(LoadBin {
-                        read_bytes: bin.read_bytes?,
-                        write_bytes: bin.write_bytes?,
-                        read_ops: bin.read_ops?,
-                        write_ops: bin.write_ops?,
-                    })
-                });
-                if mind.mixture.observe(&volume, start, load).is_ok() {
-                    let event = crate::plan::Event::WindowClosed {
-                        volume: volume.clone(),
-                        start,
-                        load,
-                    };
-                    let _ = mind.brain.apply(event, start + bin);
-                }
-            }
-        }
     }
 
     /// Paths that must never lie on a filesystem that is frozen.

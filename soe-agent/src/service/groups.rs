@@ -337,13 +337,28 @@ impl Agent {
     }
 
     /// Asks for a capture and waits for its end. A capture that is under way has its cut behind it
-    /// perhaps, so it does not count: the call waits for its turn.
+    /// perhaps, so it does not count: the call waits for its turn. A differential that began just
+    /// before a baseline was asked for answers all who wait, but is none: then the call asks again.
     pub(super) async fn capture_now(
         self: Arc<Self>,
         group: String,
         kind: Option<LayerKind>,
     ) -> Result<Vec<LayerInfo>, EngineError> {
         self.group(&group)?;
+        loop {
+            let layers = self.clone().capture_once(group.clone(), kind).await?;
+            let other = |layer: &LayerInfo| layer.kind != LayerKind::Baseline;
+            if kind != Some(LayerKind::Baseline) || !layers.iter().any(other) {
+                return Ok(layers);
+            }
+        }
+    }
+
+    async fn capture_once(
+        self: Arc<Self>,
+        group: String,
+        kind: Option<LayerKind>,
+    ) -> Result<Vec<LayerInfo>, EngineError> {
         let began = self.clock.monotonic();
         while lock(&self.mind).brain.capturing(&group.as_str().into()) {
             if self.clock.monotonic() - began > CAPTURE_TURN || self.stopping() {

@@ -39,7 +39,11 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let mut heat_at = clock.monotonic();
     let (told, mut looked) = (vitals::Told::default(), None);
     let mut sampled = clock.monotonic();
-    let mut apps = BTreeMap::new();
+    // What the kernel counted while no agent ran belongs to no row.
+    let mut apps: BTreeMap<_, _> = match agent.tracker.cgroups() {
+        Ok(counts) => counts.into_iter().collect(),
+        Err(_) => BTreeMap::new(),
+    };
     let mut sober = SoberTime::new(Moment::now(&*clock));
     while !agent.stopping() {
         let next =

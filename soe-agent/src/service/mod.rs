@@ -12,6 +12,7 @@ mod events;
 mod groups;
 mod heart;
 mod hotplug;
+mod prime;
 mod reload;
 mod report;
 mod restore;
