@@ -91,7 +91,7 @@ pub struct Rest {
 pub enum GenerationEnd {
     /// There was no generation before this one.
     First,
-    /// The host was rebooted, or resumed from hibernation.
+    /// The host was rebooted.
     GapBoot,
     /// Tracking was detached, or both marks of a write may have been missed.
     GapMiss,

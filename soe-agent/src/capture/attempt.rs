@@ -37,7 +37,7 @@ use std::time::Duration;
 use soe_common::BlockIndex;
 
 use super::error::CaptureError;
-use super::pace::{Eager, TimedPace, pause_is_over};
+use super::pace::{DeadlinePace, Eager, TimedPace, pause_is_over};
 use super::ranges;
 use super::sink::{LayerSink, VolumePlan};
 use super::types::{CaptureParts, CapturePolicy, Level, Mutation, VolumeCut};
@@ -376,10 +376,11 @@ impl<'a, 'p> Attempt<'a, 'p> {
         &self,
         number: usize,
         cut: &VolumeCut,
+        until: &DeadlinePace<'_>,
         sink: &dyn LayerSink,
     ) -> Result<(), CaptureError> {
         match self.volumes.get(number) {
-            Some(volume) => volume.audit(number, cut, self.parts.pace, sink, &self.policy),
+            Some(volume) => volume.audit(number, cut, until, sink, &self.policy),
             None => Ok(()),
         }
     }

@@ -3,11 +3,14 @@
 //!
 //! A block whose content differs although it carries no mark since the cut is a change that neither
 //! mark saw: a backing file written behind the device, a command that bypasses bios, a fault of the
-//! map. Then nothing else in the map can be believed, the layer is given up and the generation ends.
+//! map. Then nothing else in the map can be believed: a differential is given up and the generation
+//! ends. A layer that read everything is kept, because another could tell no more.
 //!
 //! What it is worth: if a share `s` of a volume's blocks is wrong, one audit of `n` blocks finds it with
 //! probability `1 - (1 - s)^n`. It finds a map that is often wrong soon, and a single forgotten block
 //! of a large volume hardly ever; that one lasts until the next baseline, which reads everything.
+
+use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -17,6 +20,17 @@ use crate::seam::ByteRange;
 
 /// Blocks that one audit of a volume reads.
 pub const AUDIT_BLOCKS: u32 = 32;
+
+/// Bytes of one audit of a volume, where blocks are large; a few blocks are read all the same.
+const AUDIT_BYTES: u64 = 4 << 20;
+/// For how long the audit of a group may hold its layer back. What is not read by then is not judged.
+pub(super) const AUDIT_TIME: Duration = Duration::from_secs(2);
+
+/// How many of `count` blocks of `unit` bytes one audit reads.
+pub(super) fn affordable(count: u32, unit: u32) -> u32 {
+    let most = AUDIT_BYTES / u64::from(unit.max(1));
+    count.min(u32::try_from(most).unwrap_or(u32::MAX).max(4))
+}
 
 /// Chooses up to `count` of the volume's blocks, ascending: half of them among `recent`, where writes
 /// completed lately (ranges in whole blocks), half anywhere; everything where that is not more than

@@ -40,6 +40,7 @@ pub mod guard_client;
 
 mod error;
 
+pub use audit::AUDIT_BLOCKS;
 pub use error::CaptureError;
 pub use freezer::{FreezeError, Hold, Thawed, VolumeFreezer};
 pub use guard::guard_main;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::attempt::{Attempt, Moved, Window};
+use super::audit::AUDIT_TIME;
 use super::error::CaptureError;
 use super::freezer::{FreezeError, VolumeFreezer};
 use super::pace::DeadlinePace;
@@ -83,8 +84,15 @@ fn capture(
             Some(freezer) if frozen && freezer.covers(number) => Level::Filesystem,
             _ => Level::Crash,
         })?;
-    for (number, cut) in volumes.iter().enumerate() {
-        capture.attempt.audit(number, cut, sink)?;
+    if request.policy.audit_blocks > 0 {
+        // Not paced: it is little, and the layer is not durable before it.
+        let until = DeadlinePace {
+            clock: parts.clock,
+            until: parts.clock.monotonic() + AUDIT_TIME,
+        };
+        for (number, cut) in volumes.iter().enumerate() {
+            capture.attempt.audit(number, cut, &until, sink)?;
+        }
     }
     let cut = GroupCut {
         method,

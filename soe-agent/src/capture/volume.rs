@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::audit;
 use super::error::CaptureError;
+use super::pace::DeadlinePace;
 use super::ranges;
 use super::select::{self, Marks, Reference};
 use super::sink::LayerSink;
@@ -229,69 +230,104 @@ impl<'a> Volume<'a> {
         self.check_marks(&misses, policy)
     }
 
-    /// See [`audit`]. `cut` is this volume's, whose blocks the sink has.
+    /// See [`audit`]. `cut` is this volume's, whose blocks the sink has. Ends without a verdict at
+    /// `until`, and where a block cannot be read: what was cut is proven without it.
     pub(super) fn audit(
         &self,
         number: usize,
         cut: &VolumeCut,
-        pace: &dyn Pace,
+        until: &DeadlinePace<'_>,
         sink: &dyn LayerSink,
         policy: &CapturePolicy,
     ) -> Result<(), CaptureError> {
-        let (map, unit, count) = (self.parts.map, self.unit, policy.audit_blocks);
-        if count == 0 {
-            return Ok(());
-        }
+        let (map, unit) = (self.parts.map, self.unit);
+        let count = audit::affordable(policy.audit_blocks, unit);
         let recent = map.changed_since(self.reference.epoch)?;
         let recent = ranges::widen(&recent, unit, self.bytes);
         let seed = self.generation.as_u64_pair().1 ^ u64::from(cut.record.epoch.0);
         let chosen = audit::choose(&recent, unit, self.bytes, count, seed);
-        let mut differ = Vec::new();
-        let mut refused = None;
-        let read = self
-            .parts
-            .reader
-            .read(&chosen, unit, pace, &mut |offset, data| {
-                let block = BlockIndex(offset / u64::from(unit));
-                match sink.agrees(number, block, data) {
-                    Ok(true) => {}
-                    Ok(false) => differ.push(ByteRange::new(offset, data.len() as u64)),
-                    Err(error) => {
-                        refused = Some(error);
-                        return Err(io::Error::other("the layer store refused a block"));
-                    }
-                }
-                Ok(())
-            });
-        if let Some(source) = refused {
-            return Err(CaptureError::Sink { source });
-        }
-        read.map_err(|source| self.read_error(source))?;
+        let first = self.look_again(number, &chosen, until, sink)?;
+        let differ: Vec<ByteRange> = first.iter().map(|(block, _)| *block).collect();
         if differ.is_empty() {
             return Ok(());
         }
         // Nothing was in flight at the cut, so a write since has its mark from the queue already, unless
         // that program was skipped: then its mark comes with its completion, and the books will tell.
         map.settle()?;
-        if map.reading()?.misses.queue > cut.record.misses.queue {
+        if map.reading()?.misses.queue > cut.record.misses.queue
+            || map.tracking() != Tracking::Complete
+        {
             return Ok(());
         }
+        // Content that is not the same twice is nobody's write: mirrors that were never made equal, or
+        // blocks without content on a device that does not define what they read as.
+        let stable: Vec<(ByteRange, blake3::Hash)> = self
+            .look_again(number, &differ, until, sink)?
+            .into_iter()
+            .filter(|found| first.contains(found))
+            .collect();
         // What the next layer takes anyway proves nothing.
         let changed = map.changed_since(cut.record.since_next)?;
         let changed = ranges::widen(&changed, unit, self.bytes);
-        let Some(forgotten) = differ.iter().find(|b| audit::unchanged(b, &changed)) else {
+        let forgotten = stable
+            .iter()
+            .find(|(block, _)| audit::unchanged(block, &changed));
+        let Some((block, _)) = forgotten else {
             return Ok(());
         };
+        // A layer that read everything holds what was there; another rescan would find no more.
+        let everything = self.kind != LayerKind::Differential;
         tracing::error!(
             volume = self.name(),
-            offset = forgotten.offset,
-            bytes = forgotten.len,
-            "a block changed without a mark; the layer is given up"
+            offset = block.offset,
+            bytes = block.len,
+            everything,
+            "a block changed without a mark"
         );
+        if everything {
+            return Ok(());
+        }
         Err(CaptureError::GenerationEnds {
             volume: self.name(),
             reason: GenerationEnd::AuditFail,
         })
+    }
+
+    /// Reads blocks and returns those that are not as the layer says, with what they contain.
+    fn look_again(
+        &self,
+        number: usize,
+        blocks: &[ByteRange],
+        until: &DeadlinePace<'_>,
+        sink: &dyn LayerSink,
+    ) -> Result<Vec<(ByteRange, blake3::Hash)>, CaptureError> {
+        let mut differ = Vec::new();
+        let mut refused = None;
+        let read = self
+            .parts
+            .reader
+            .read(blocks, self.unit, until, &mut |offset, data| {
+                let block = BlockIndex(offset / u64::from(self.unit));
+                match sink.agrees(number, block, data) {
+                    Ok(true) => Ok(()),
+                    Ok(false) => {
+                        let range = ByteRange::new(offset, data.len() as u64);
+                        differ.push((range, blake3::hash(data)));
+                        Ok(())
+                    }
+                    Err(error) => {
+                        refused = Some(error);
+                        Err(io::Error::other("the layer store refused a block"))
+                    }
+                }
+            });
+        if let Some(source) = refused {
+            return Err(CaptureError::Sink { source });
+        }
+        if let Err(error) = read {
+            tracing::warn!(volume = self.name(), %error, "the audit of a cut was not finished");
+        }
+        Ok(differ)
     }
 
     pub(super) fn cut(&self, level: Level, policy: &CapturePolicy) -> VolumeCut {

@@ -8,6 +8,7 @@
 mod agent;
 mod args;
 mod audit;
+mod backtest;
 mod client;
 mod completions;
 mod doctor;
@@ -75,6 +76,7 @@ enum Verb {
     Sql(sql::Args),
     Trace(trace::Args),
     Simulate(simulate::Args),
+    Backtest(backtest::Args),
     Audit(audit::Args),
     Completions(completions::CompletionsArgs),
     Man(completions::ManArgs),
@@ -130,6 +132,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Sql(args) => sql::run(args, out),
         Verb::Trace(args) => trace::run(args, client, out),
         Verb::Simulate(args) => simulate::run(args, out),
+        Verb::Backtest(args) => backtest::run(args, out),
         Verb::Audit(args) => audit::run(args, out),
         Verb::Completions(args) => completions::run(args, Cli::command()),
         Verb::Man(args) => completions::man(args, Cli::command()),

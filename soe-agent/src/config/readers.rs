@@ -77,6 +77,16 @@ pub(super) fn cpu<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::
     Ok(cores)
 }
 
+pub(super) fn audit_blocks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let blocks = u32::deserialize(deserializer)?;
+    if blocks > 4096 {
+        return Err(de::Error::custom(format!(
+            "{blocks} is out of range; use 0 to 4096 blocks"
+        )));
+    }
+    Ok(blocks)
+}
+
 pub(super) fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     let share = f64::deserialize(deserializer)?;
     if !(0.01..=0.99).contains(&share) {

@@ -323,6 +323,9 @@ pub struct Limits {
     pub memory: u64,
     /// What a capture may read a second; `auto`, or 1 MiB to 1 TiB.
     pub capture_bandwidth: Bandwidth,
+    /// Blocks of each volume that are read again after a cut and held against the layer; 0 to 4096.
+    #[serde(deserialize_with = "audit_blocks")]
+    pub audit_blocks: u32,
 }
 
 impl Default for Limits {
@@ -331,6 +334,7 @@ impl Default for Limits {
             cpu: 0.5,
             memory: 512 * MIB,
             capture_bandwidth: Bandwidth::Auto,
+            audit_blocks: crate::capture::AUDIT_BLOCKS,
         }
     }
 }

@@ -297,6 +297,7 @@ fn all_other() -> Config {
         cpu = 0.6
         memory = "513MiB"
         capture_bandwidth = "2MiB"
+        audit_blocks = 31
         [tracking]
         block_size = "128KiB"
         memory = "65MiB"

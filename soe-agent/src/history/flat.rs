@@ -46,6 +46,19 @@ impl FlatTable {
         self.columns.push((name.to_owned(), column));
         self
     }
+
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.columns.first().map_or(0, |(_, column)| match column {
+            FlatColumn::Text(values) => values.len(),
+            FlatColumn::Time(values) => values.len(),
+            FlatColumn::OptTime(values) => values.len(),
+            FlatColumn::Number(values) => values.len(),
+            FlatColumn::OptNumber(values) => values.len(),
+            FlatColumn::Count(values) => values.len(),
+            FlatColumn::Truth(values) => values.len(),
+        })
+    }
 }
 
 /// Writes a result as the Parquet file `path`, replacing it whole or not at all.

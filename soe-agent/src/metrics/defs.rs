@@ -89,7 +89,7 @@ define! {
     gauge volume_sequential "soe_volume_sequential_ratio" ["volume"] Ratio Experimental, "Share of IOs in the last window that continued a sequential run.";
 
     counter observe_events "soe_observe_events" ["result"] Count Stable, "Kernel events; result is seen, rejected or dropped. Their sum is what the kernel produced.";
-    counter observe_misses "soe_observe_misses" ["side"] Count Stable, "Skipped runs of marking programs; side is queue, complete or stash.";
+    counter observe_misses "soe_observe_misses" ["volume", "side"] Count Stable, "Marks of writes that were missed; side is queue, complete or stash. Runs of programs that the kernel skipped count for every volume of the host.";
     gauge tracking_complete "soe_tracking_complete" ["volume"] Count Stable, "1 while the change map tells the whole truth, else 0.";
     gauge changed_blocks_pending "soe_changed_blocks_pending" ["volume"] Count Stable, "Blocks the next differential would hold if it were cut now.";
     counter rescans "soe_rescans" ["volume", "reason"] Count Stable, "Generations that ended, by reason.";

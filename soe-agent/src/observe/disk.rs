@@ -256,6 +256,13 @@ impl DiskTrack {
         // So do their misses, which the newest layers refer to.
         if let Ok((_, misses)) = old.counters() {
             self.found(&misses);
+            // What the old generation had forgiven is forgiven still.
+            let control = self.maps.control_of(self.slot);
+            // SAFETY: within the mapping; only the agent writes this word.
+            unsafe {
+                let base = (&raw const (*control).miss_base).read_volatile();
+                (&raw mut (*control).miss_base).write_volatile(base + gone.miss_base);
+            }
         }
     }
 

@@ -194,6 +194,23 @@ impl Disk {
         self.counting().iter().map(open).collect()
     }
 
+    /// Refuses disks whose content can change without a bio that says where: DAX, where memory is
+    /// mapped, and zoned disks, whose zones are reset by commands without a range.
+    fn refuse_writes_without_bios(&self) -> io::Result<()> {
+        let queue = |file: &str| text(&self.sys.join("queue").join(file)).unwrap_or_default();
+        let why = if queue("dax") == "1" {
+            "offers DAX: programs may write to it past the block layer"
+        } else if !matches!(queue("zoned").as_str(), "" | "none") {
+            "is zoned: resets of zones do not say what they change"
+        } else {
+            return Ok(());
+        };
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("{} {why}, so its changes cannot be tracked", self.name),
+        ))
+    }
+
     /// Whether a device-mapper disk is suspended: bios wait there uncounted.
     pub fn suspended(&self) -> bool {
         text(&self.sys.join("dm/suspended")).is_ok_and(|s| s == "1")
@@ -456,6 +473,7 @@ fn of_rdev(path: &Path, rdev: u64) -> io::Result<Volume> {
     } else {
         0
     };
+    disk.refuse_writes_without_bios()?;
     Ok(Volume {
         device_id: device_id(&disk, &sys, partition),
         path: path.into(),

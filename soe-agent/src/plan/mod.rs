@@ -19,6 +19,8 @@ pub mod brain;
 
 pub mod simulate;
 
+pub mod backtest;
+
 pub mod staged;
 
 pub mod summary;

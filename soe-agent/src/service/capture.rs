@@ -254,6 +254,7 @@ impl Agent {
                     Duration::from_secs(2)
                 },
                 memory_limit: self.config().limits.memory / 4,
+                audit_blocks: self.config().limits.audit_blocks,
                 ..CapturePolicy::default()
             },
         };
@@ -299,10 +300,6 @@ impl Agent {
         for layer in &manifest.volumes {
             let info = layer_info(&manifest, layer);
             self.metrics
-                .captures
-                .with([group, info.kind.as_str(), info.method.as_str(), "done"])
-                .inc();
-            self.metrics
                 .capture_read
                 .with([layer.volume.as_str()])
                 .inc_by(layer.bytes_read);
@@ -315,6 +312,12 @@ impl Agent {
             }
             self.tell(WatchEvent::Layer(Box::new(info.clone())));
             layers.push(info);
+        }
+        if let Some(layer) = layers.first() {
+            self.metrics
+                .captures
+                .with([group, layer.kind.as_str(), layer.method.as_str(), "done"])
+                .inc();
         }
         if cut.method == Method::Optimistic {
             self.metrics

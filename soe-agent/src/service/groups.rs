@@ -345,11 +345,20 @@ impl Agent {
         kind: Option<LayerKind>,
     ) -> Result<Vec<LayerInfo>, EngineError> {
         self.group(&group)?;
+        let began = self.clock.monotonic();
         loop {
             let layers = self.clone().capture_once(group.clone(), kind).await?;
             let other = |layer: &LayerInfo| layer.kind != LayerKind::Baseline;
             if kind != Some(LayerKind::Baseline) || !layers.iter().any(other) {
                 return Ok(layers);
+            }
+            if self.clock.monotonic() - began > CAPTURE_TURN {
+                return Err(EngineError::new(
+                    ErrorKind::Conflict,
+                    format!(
+                        "differentials of group {group} came first again and again; try again later"
+                    ),
+                ));
             }
         }
     }

@@ -12,7 +12,6 @@ use super::agent::{Agent, Entry, Sampling, lock};
 use super::sampler::{WindowOf, window};
 use super::spread::spread;
 use super::steps::{Moment, SoberTime};
-use super::vitals;
 use crate::api::engine::{EngineError, ErrorKind};
 use crate::api::types::{self, LoadSample, WatchEvent};
 use crate::model::{Forecaster, QuantileForecast, SHORT_HORIZON, VolumeName};
@@ -23,8 +22,6 @@ use crate::window::{AppStatsRow, DecisionRow, ForecastRow, RegionHeatRow, Volume
 
 /// Between two rounds of compaction and retention.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(300);
-/// Between two looks at what the metrics tell of the agent itself.
-const VITALS_EVERY: Duration = Duration::from_secs(15);
 /// Bins of a forecast that are kept in the history.
 const KEPT_BINS: usize = SHORT_HORIZON;
 
@@ -37,13 +34,13 @@ pub(super) fn beat(agent: &Arc<Agent>) {
     let clock = agent.clock.clone();
     let (mut ticked, mut maintained) = (clock.monotonic(), clock.monotonic());
     let mut heat_at = clock.monotonic();
-    let (told, mut looked) = (vitals::Told::default(), None);
     let mut sampled = clock.monotonic();
     // What the kernel counted while no agent ran belongs to no row.
-    let mut apps: BTreeMap<_, _> = match agent.tracker.cgroups() {
-        Ok(counts) => counts.into_iter().collect(),
-        Err(_) => BTreeMap::new(),
-    };
+    let mut apps = agent
+        .tracker
+        .cgroups()
+        .map(|counts| counts.into_iter().collect())
+        .ok();
     let mut sober = SoberTime::new(Moment::now(&*clock));
     while !agent.stopping() {
         let next =
@@ -73,10 +70,6 @@ pub(super) fn beat(agent: &Arc<Agent>) {
         if now >= ticked + agent.config().plan.tick {
             ticked = now;
             agent.apply(Event::Tick);
-        }
-        if looked.is_none_or(|at| now >= at + VITALS_EVERY) {
-            looked = Some(now);
-            vitals::publish(agent, &told);
         }
         if now >= maintained + MAINTAIN_EVERY {
             maintained = now;
@@ -209,10 +202,14 @@ fn heat_rows(
 }
 
 /// What every control group did since the last time: rows of `app_stats`.
-fn sample_apps(agent: &Agent, before: &mut BTreeMap<(u32, u64), CgroupStats>) {
+fn sample_apps(agent: &Agent, before: &mut Option<BTreeMap<(u32, u64), CgroupStats>>) {
     let counts = match agent.tracker.cgroups() {
         Ok(counts) => counts,
         Err(error) => return tracing::warn!(%error, "no statistics by control group"),
+    };
+    let Some(before) = before else {
+        *before = Some(counts.into_iter().collect());
+        return;
     };
     let names = cgroups::paths();
     let entries = agent.all_entries();

@@ -164,6 +164,10 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
     {
         let following = agent.clone();
         agent.job("devices", move || following.follow_devices());
+        let looking = agent.clone();
+        agent.job("vitals", move || vitals::keep(&looking));
+        let remembering = agent.clone();
+        agent.job("heat", move || remembering.prime_heat());
     }
     let served = runtime.block_on(serve(&agent, listeners, metrics));
     service_notify(ServiceState::Stopping);

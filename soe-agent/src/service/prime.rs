@@ -59,7 +59,8 @@ impl Agent {
     }
 
     /// Fills the heat maps from the history of before: what was read often is staged first also after a
-    /// restart. Older heat than this many half-lives weighs nothing.
+    /// restart. May take long, so it is done beside the work. Older heat than this many half-lives
+    /// weighs nothing.
     pub(super) fn prime_heat(&self) {
         const HALF_LIVES: i64 = 5;
         let entries = self.all_entries();
@@ -78,6 +79,9 @@ impl Agent {
             Err(error) => return tracing::warn!(%error, "staging begins without history"),
         };
         for row in rows {
+            if self.stopping() {
+                return;
+            }
             let row = match row {
                 Ok(row) => row,
                 Err(error) => {

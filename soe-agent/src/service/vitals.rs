@@ -1,54 +1,62 @@
-//! What metrics tell of the agent's own state, looked up every few seconds.
+//! What metrics tell of the agent's own state, looked up every few seconds on a thread of its own:
+//! counting files may take long where the store is remote.
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::agent::{Agent, Entry, lock};
-use crate::layer::{LayerError, LayerKind};
-use crate::model::{Forecaster, VolumeName};
-use crate::seam::{ChangeMap, Clock, Misses, UnixNanos};
+use crate::layer::{GroupManifest, LayerKind};
+use crate::model::{Forecaster, Member, VolumeName};
+use crate::seam::{ChangeMap, Clock, UnixNanos};
 
-/// Rows of the history that were told already.
+/// Between two looks.
+const EVERY: Duration = Duration::from_secs(15);
+
+/// What was told, so that what is gone is told no more.
 #[derive(Default)]
-pub(super) struct Told {
-    written: AtomicU64,
-    dropped: AtomicU64,
+struct Told {
+    rows_written: u64,
+    rows_dropped: u64,
+    /// Volumes of groups.
+    volumes: BTreeSet<String>,
 }
 
-/// Brings the metrics up to date that nothing else keeps.
-pub(super) fn publish(agent: &Agent, told: &Told) {
+/// Brings the metrics up to date that nothing else keeps, until the agent stops.
+pub(super) fn keep(agent: &Arc<Agent>) {
+    let mut told = Told::default();
+    let mut next = agent.clock.monotonic();
+    while !agent.stopping() {
+        let now = agent.clock.monotonic();
+        if now < next {
+            agent
+                .clock
+                .sleep((next - now).min(Duration::from_millis(100)));
+            continue;
+        }
+        // A volume that was created a moment ago is told soon.
+        let first = told.volumes.is_empty();
+        next = now + if first { Duration::from_secs(1) } else { EVERY };
+        publish(agent, &mut told);
+    }
+}
+
+fn publish(agent: &Agent, told: &mut Told) {
     let metrics = &agent.metrics;
     let entries = agent.all_entries();
     metrics.volumes_tracked.set([], entries.len() as f64);
-    let mut misses = Misses::default();
     for entry in &entries {
-        match entry.map.reading() {
-            Ok(reading) => {
-                misses.queue += reading.misses.queue;
-                misses.complete += reading.misses.complete;
-                misses.stash += reading.misses.stash;
-            }
-            Err(error) => tracing::debug!(volume = entry.name, %error, "no counters"),
-        }
         volume(agent, entry);
-    }
-    for (side, total) in [
-        ("queue", misses.queue),
-        ("complete", misses.complete),
-        ("stash", misses.stash),
-    ] {
-        metrics.observe_misses.set_total([side], total);
     }
     let rows = agent.history.stats();
     for (result, total, told) in [
-        ("written", rows.rows_written, &told.written),
-        ("dropped", rows.rows_dropped, &told.dropped),
+        ("written", rows.rows_written, &mut told.rows_written),
+        ("dropped", rows.rows_dropped, &mut told.rows_dropped),
     ] {
-        let before = told.swap(total, Ordering::Relaxed);
-        metrics
-            .history_rows
-            .with([result])
-            .inc_by(total.saturating_sub(before));
+        let more = total.saturating_sub(*told);
+        *told = total;
+        metrics.history_rows.with([result]).inc_by(more);
     }
     let config = agent.config();
     metrics
@@ -63,18 +71,36 @@ pub(super) fn publish(agent: &Agent, told: &Told) {
         .map(|(name, group)| (name.clone(), group.volumes.clone()))
         .collect();
     let now = agent.clock.now();
-    for (group, volumes) in groups {
-        for name in volumes {
-            if let Err(error) = layers(agent, &group, &name, now) {
-                tracing::debug!(group, volume = name, %error, "no layers to count");
-            }
+    let mut volumes = BTreeSet::new();
+    for (group, names) in groups {
+        // A group without layers is not in the store.
+        let manifests = agent.store.manifests(&group).unwrap_or_default();
+        for name in names {
+            layers(agent, &manifests, &name, now);
+            volumes.insert(name);
         }
     }
+    for gone in told.volumes.difference(&volumes) {
+        forget(agent, gone);
+    }
+    told.volumes = volumes;
 }
 
 fn volume(agent: &Agent, entry: &Entry) {
     let metrics = &agent.metrics;
     let name = entry.name.as_str();
+    match entry.map.reading() {
+        Ok(reading) => {
+            for (side, total) in [
+                ("queue", reading.misses.queue),
+                ("complete", reading.misses.complete),
+                ("stash", reading.misses.stash),
+            ] {
+                metrics.observe_misses.set_total([name, side], total);
+            }
+        }
+        Err(error) => tracing::debug!(volume = name, %error, "no counters"),
+    }
     metrics
         .throttled
         .set_total([name], entry.pace.waited().as_secs());
@@ -84,55 +110,71 @@ fn volume(agent: &Agent, entry: &Entry) {
             metrics.quantile_loss.set([name, &member.to_string()], loss);
         }
     }
-    match &agent.area {
-        None => {}
-        Some(area) => match area.status(&entry.map) {
-            Ok(stats) => {
-                metrics.staged.set([name], stats.staged_bytes as f64);
-                metrics.staged_valid.set([name], stats.valid_bytes as f64);
-                metrics.staging_lookups.set_total([name, "hit"], stats.hits);
-                metrics
-                    .staging_lookups
-                    .set_total([name, "miss"], stats.reads.saturating_sub(stats.hits));
-                metrics
-                    .staging_invalidated
-                    .set_total([name], stats.invalidated_bytes);
-            }
-            Err(error) => {
-                tracing::debug!(volume = name, %error, "what is staged is not known")
-            }
-        },
+    let Some(area) = &agent.area else {
+        return;
+    };
+    match area.status(&entry.map) {
+        Ok(stats) => {
+            metrics.staged.set([name], stats.staged_bytes as f64);
+            metrics.staged_valid.set([name], stats.valid_bytes as f64);
+            metrics.staging_lookups.set_total([name, "hit"], stats.hits);
+            metrics
+                .staging_lookups
+                .set_total([name, "miss"], stats.reads.saturating_sub(stats.hits));
+            metrics
+                .staging_invalidated
+                .set_total([name], stats.invalidated_bytes);
+        }
+        Err(error) => tracing::debug!(volume = name, %error, "what is staged is not known"),
     }
 }
 
-fn layers(agent: &Agent, group: &str, name: &str, now: UnixNanos) -> Result<(), LayerError> {
-    let layers = match agent.store.layers(group, name) {
-        Err(LayerError::NotFound { .. }) => Vec::new(),
-        layers => layers?,
-    };
+fn layers(agent: &Agent, manifests: &[Arc<GroupManifest>], name: &str, now: UnixNanos) {
     let metrics = &agent.metrics;
-    let baselines = layers
-        .iter()
-        .filter(|l| l.layer().kind == LayerKind::Baseline)
+    let of = || manifests.iter().filter_map(|m| Some((m, m.volume(name)?)));
+    let baselines = of()
+        .filter(|(_, layer)| layer.kind == LayerKind::Baseline)
         .count();
     metrics.layers.set([name, "baseline"], baselines as f64);
     metrics
         .layers
-        .set([name, "differential"], (layers.len() - baselines) as f64);
-    let Some(newest) = layers.last() else {
-        return Ok(());
-    };
-    let age = now.saturating_sub(newest.manifest.cut_at).max(0);
-    metrics.layer_age.set([name], age as f64 / 1e9);
-    if let Some(entry) = agent.entry(name)
-        && entry.map.generation() == newest.layer().generation
-        && let Ok(changed) = entry.map.changed_since(newest.layer().since_epoch)
-    {
-        let unit = u64::from(entry.map.block_size());
-        let blocks: u64 = changed.iter().map(|r| r.len.div_ceil(unit)).sum();
-        metrics.changed_blocks_pending.set([name], blocks as f64);
+        .set([name, "differential"], (of().count() - baselines) as f64);
+    let newest = of().next_back();
+    if let Some((manifest, _)) = newest {
+        let age = now.saturating_sub(manifest.cut_at).max(0);
+        metrics.layer_age.set([name], age as f64 / 1e9);
     }
-    Ok(())
+    let Some(entry) = agent.entry(name) else {
+        return;
+    };
+    let unit = u64::from(entry.map.block_size());
+    let known = newest.filter(|(_, layer)| layer.generation == entry.map.generation());
+    let blocks = match known {
+        // The next layer reads everything.
+        None => entry.map.volume_bytes().div_ceil(unit),
+        Some((_, layer)) => match entry.map.changed_since(layer.since_epoch) {
+            Ok(changed) => changed.iter().map(|r| r.len.div_ceil(unit)).sum(),
+            Err(error) => {
+                return tracing::debug!(volume = name, %error, "what changed is not known");
+            }
+        },
+    };
+    metrics.changed_blocks_pending.set([name], blocks as f64);
+}
+
+/// Ends the series of a volume that is in no group any more.
+fn forget(agent: &Agent, name: &str) {
+    let metrics = &agent.metrics;
+    metrics.layers.remove([name, "baseline"]);
+    metrics.layers.remove([name, "differential"]);
+    metrics.layer_age.remove([name]);
+    metrics.changed_blocks_pending.remove([name]);
+    metrics.staged.remove([name]);
+    metrics.staged_valid.remove([name]);
+    metrics.tracking_complete.remove([name]);
+    for member in Member::ALL {
+        metrics.quantile_loss.remove([name, &member.to_string()]);
+    }
 }
 
 /// Bytes of the files under `folder`; what vanishes meanwhile counts as nothing.

@@ -78,8 +78,9 @@ fn the_audit_of_a_healthy_volume_finds_nothing() {
     }
 }
 
-/// Only a block that is written to again between the cut and the audit hides its change, and that
-/// block is in the next layer.
+/// Hidden are changes of blocks that are written to again between the cut and the audit (they are in the
+/// next layer), of blocks that change under the audit, and those under a layer that reads everything,
+/// which is kept.
 #[test]
 fn the_audit_finds_blocks_that_changed_without_a_mark() {
     let wrong_layers = |audit_blocks| {
@@ -107,7 +108,7 @@ fn the_audit_finds_blocks_that_changed_without_a_mark() {
         "wrong layers in 1000 scenarios: {without} without an audit, {with} with one, {tally:?}"
     );
     assert!(without > 500, "{without}");
-    assert!(with < without / 10, "{with} of {without}");
+    assert!(with < without / 5, "{with} of {without}");
     assert!(tally.audits_failed > 500, "{tally:?}");
 }
 

@@ -206,6 +206,9 @@ impl HeatMap {
             at,
         });
         *heat = heat.aged(at, half_life);
+        // What is told late counts as little as if it had been told in time.
+        let late = heat.at.saturating_sub(at).max(0) as f64;
+        let weight = weight * 0.5f64.powf(late / half_life);
         match access {
             Access::Read => heat.reads += weight,
             Access::Write => heat.writes += weight,

@@ -1,6 +1,8 @@
 //! What works on files alone: each function calls the room that knows how, and turns its errors into
 //! exit codes.
 
+pub(super) mod backtest;
+
 mod simulation;
 
 use std::collections::BTreeMap;

@@ -119,7 +119,8 @@ fn group(volume: &VolumeName, config: &Config) -> GroupSpec {
     }
 }
 
-fn read(dir: &Path, scale: TimeScale) -> Result<History, CliError> {
+/// The history in `dir` as bins, accesses and events.
+pub(super) fn read(dir: &Path, scale: TimeScale) -> Result<History, CliError> {
     let reader = HistoryReader::open(dir)?;
     let Some((first, last)) = reader.time_span(Table::VolumeStats)? else {
         return Err(EngineError::not_found(format!(

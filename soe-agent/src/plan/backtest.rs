@@ -1,0 +1,183 @@
+//! Raw outputs of the forecasters and of the window choice over a recorded history, so that anyone
+//! can score them with a program of their own.
+//!
+//! Bins are handed to the same [`Forecaster`] as in the agent when they end, all volumes together in
+//! the order of time, and an output is made from what was handed over: looking ahead is impossible.
+//! Before the first output wanted the forecaster runs along as it would in an agent, so that its
+//! choices have the evidence they would have there.
+
+use std::time::Duration;
+
+use super::simulate::{Trainer, VolumeHistory};
+use super::types::nanos;
+use super::window::quietest;
+use crate::model::{Forecaster, QuantileForecast, TimeScale, VolumeName};
+use crate::seam::UnixNanos;
+
+/// How the forecaster is run along.
+#[derive(Clone, Copy)]
+pub struct Course<'a> {
+    /// Bin and season.
+    pub scale: TimeScale,
+    /// The first moment of which an output is wanted.
+    pub from: UnixNanos,
+    /// How a network is trained; without, none is.
+    pub trainer: Option<&'a Trainer<'a>>,
+    /// Time between two trainings; the first is at `from`.
+    pub train_every: Duration,
+}
+
+/// Asks `wanted` at the end of every bin and for every volume whose history has begun and not ended;
+/// where it says a horizon in bins, `take` is given that forecast.
+fn replay(
+    volumes: &[VolumeHistory],
+    course: Course<'_>,
+    forecaster: &mut dyn Forecaster,
+    wanted: &dyn Fn(UnixNanos) -> Option<usize>,
+    take: &mut dyn FnMut(&VolumeName, QuantileForecast),
+) {
+    let scale = course.scale;
+    let range = |v: &VolumeHistory| {
+        let first = scale.index_of(v.start);
+        (first, first + v.bins.len() as i64)
+    };
+    let first = volumes.iter().map(|v| range(v).0).min().unwrap_or(0);
+    let end = volumes.iter().map(|v| range(v).1).max().unwrap_or(0);
+    let mut train_at = course.from;
+    for index in first..end {
+        let now = scale.start_of(index + 1);
+        let live = volumes.iter().filter(|v| {
+            let (first, end) = range(v);
+            (first..end).contains(&index)
+        });
+        for volume in live.clone() {
+            let at = usize::try_from(index - range(volume).0).unwrap_or(usize::MAX);
+            let load = volume.bins.get(at).copied().flatten();
+            // A value that is no load is left out, as in the agent.
+            let _ = forecaster.observe(&volume.name, scale.start_of(index), load);
+        }
+        if let Some(trainer) = course.trainer.filter(|_| now >= train_at) {
+            train_at = now.saturating_add(nanos(course.train_every).max(1));
+            // Too little history trains nothing; the other members serve.
+            if let Ok(trained) = trainer(&forecaster.dataset()) {
+                let _ = forecaster.install(&trained);
+            }
+        }
+        let Some(horizon) = wanted(now) else { continue };
+        for volume in live {
+            if let Some(forecast) = forecaster.forecast(&volume.name, horizon)
+                && now >= course.from
+            {
+                take(&volume.name, forecast);
+            }
+        }
+    }
+}
+
+/// Whether `now` is a multiple of `every`, counted from the Unix epoch.
+fn due(now: UnixNanos, every: Duration) -> bool {
+    now.rem_euclid(nanos(every).max(1)) == 0
+}
+
+fn bins(scale: TimeScale, length: Duration) -> usize {
+    usize::try_from(nanos(length).div_euclid(scale.bin_nanos())).unwrap_or(usize::MAX)
+}
+
+/// The forecasts of the load issued `every` so often.
+pub fn load(
+    volumes: &[VolumeHistory],
+    course: Course<'_>,
+    forecaster: &mut dyn Forecaster,
+    horizon: Duration,
+    every: Duration,
+    take: &mut dyn FnMut(&VolumeName, QuantileForecast),
+) {
+    let horizon = bins(course.scale, horizon).max(1);
+    let wanted = |now| due(now, every).then_some(horizon);
+    replay(volumes, course, forecaster, &wanted, take);
+}
+
+/// One answer to "will a burst begin".
+#[derive(Clone, Debug, PartialEq)]
+pub struct BurstAnswer {
+    /// The volume.
+    pub volume: VolumeName,
+    /// The end of the last bin known.
+    pub issued_at: UnixNanos,
+    /// The probability that a burst begins between `lead` and `lead + window` from then.
+    pub probability: f64,
+}
+
+/// At the end of every bin the probability that a burst begins in the `window` that opens after
+/// `lead`.
+pub fn bursts(
+    volumes: &[VolumeHistory],
+    course: Course<'_>,
+    forecaster: &mut dyn Forecaster,
+    lead: Duration,
+    window: Duration,
+    take: &mut dyn FnMut(BurstAnswer),
+) {
+    let from = bins(course.scale, lead);
+    let to = from.saturating_add(bins(course.scale, window).max(1));
+    replay(
+        volumes,
+        course,
+        forecaster,
+        &|_| Some(to),
+        &mut |volume, forecast| {
+            take(BurstAnswer {
+                volume: volume.clone(),
+                issued_at: forecast.issued_at,
+                probability: forecast.onset_within(from, to),
+            });
+        },
+    );
+}
+
+/// A window chosen for a capture.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WindowAnswer {
+    /// The volume.
+    pub volume: VolumeName,
+    /// The interval in which one capture was to be made.
+    pub interval_start: UnixNanos,
+    /// When it would begin.
+    pub window_start: UnixNanos,
+    /// Who made the forecast.
+    pub member: String,
+}
+
+/// In every `interval` (counted from the Unix epoch) the quietest window of `length`, by what is
+/// known when the interval begins.
+pub fn windows(
+    volumes: &[VolumeHistory],
+    course: Course<'_>,
+    forecaster: &mut dyn Forecaster,
+    interval: Duration,
+    length: Duration,
+    take: &mut dyn FnMut(WindowAnswer),
+) {
+    let scale = course.scale;
+    let horizon = bins(scale, interval).max(1);
+    let wanted = |now| due(now, interval).then_some(horizon);
+    replay(
+        volumes,
+        course,
+        forecaster,
+        &wanted,
+        &mut |volume, forecast| {
+            let from = forecast.issued_at;
+            let latest = from
+                .saturating_add(nanos(interval))
+                .saturating_sub(nanos(length));
+            let window = quietest(&[&forecast], scale, from, latest, length, 0.0);
+            take(WindowAnswer {
+                volume: volume.clone(),
+                interval_start: from,
+                window_start: window.map_or(from, |w| w.start),
+                member: forecast.member.to_string(),
+            });
+        },
+    );
+}
