@@ -1,8 +1,7 @@
 //! SOE's kernel half.
 //!
-//! Change tracking (`mark`) is kept apart from statistics (`stats`) and from the trace stream
-//! (`stream`): it is small, attached first, and may never drop anything, while the others may be
-//! sampled and count what they drop. All are `tp_btf` programs: raw pointers, and a recursion guard
+//! Change tracking (`mark`) comes first and may never drop anything; statistics (`stats`) follow in the
+//! same programs, and the trace stream (`stream`), which counts what it drops, has its own. All are `tp_btf` programs: raw pointers, and a recursion guard
 //! of their own each.
 #![no_std]
 #![no_main]

@@ -3,11 +3,7 @@
 
 use core::ptr::{read_volatile, write_volatile};
 
-use aya_ebpf::{
-    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns},
-    macros::btf_tracepoint,
-    programs::BtfTracePointContext,
-};
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns};
 use soe_common::histogram::{BUCKETS, bucket_of};
 use soe_common::record::{
     CgroupKey, CgroupStats, DISK_BIO_BASED, DirectionStats, DiskControl, DiskStats, OCTAVES,
@@ -16,7 +12,6 @@ use soe_common::record::{
 
 use crate::kernel::{Bio, Request};
 use crate::maps::{CGROUPS, CONTROL, HEAT, STARTED, STATS};
-use crate::mark::slot_of;
 
 #[inline(always)]
 fn add(counter: *mut u64, amount: u64) {
@@ -71,20 +66,16 @@ fn octave(value: u64) -> usize {
     bounded(bits as usize, OCTAVES)
 }
 
-#[btf_tracepoint(function = "block_bio_queue")]
-fn count_queue(ctx: BtfTracePointContext) -> i32 {
-    let bio = Bio(ctx.arg::<u64>(0) as usize);
-    let Some((slot, false)) = slot_of(bio.diskseq()) else {
-        return 0;
-    };
+/// A bio of a tracked disk was queued.
+#[inline(always)]
+pub fn queued(bio: Bio, slot: u32, operation: u32) {
     let Some(stats) = STATS.get_ptr_mut(slot) else {
-        return 0;
+        return;
     };
     let Some(control) = CONTROL.get_ptr_mut(slot) else {
-        return 0;
+        return;
     };
     let bytes = bio.bytes() as u64;
-    let operation = bio.op();
     let own = is_own_ioprio(bio.ioprio())
         // SAFETY: points into a map value.
         || (bpf_get_current_pid_tgid() >> 32) as u32
@@ -94,11 +85,11 @@ fn count_queue(ctx: BtfTracePointContext) -> i32 {
         if own {
             add(&raw mut (*stats).own_ops, 1);
             add(&raw mut (*stats).own_bytes, bytes);
-            return 0;
+            return;
         }
         if bytes == 0 {
             add(&raw mut (*stats).flush_ops, 1);
-            return 0;
+            return;
         }
         if read_volatile(&raw const (*control).flags) & DISK_BIO_BASED != 0 {
             let _ = STARTED.insert(bio.0 as u64, bpf_ktime_get_ns(), 0);
@@ -108,7 +99,7 @@ fn count_queue(ctx: BtfTracePointContext) -> i32 {
             op::DISCARD | op::SECURE_ERASE => {
                 add(&raw mut (*stats).discard_ops, 1);
                 add(&raw mut (*stats).discard_bytes, bytes);
-                return 0;
+                return;
             }
             _ => true,
         };
@@ -122,7 +113,6 @@ fn count_queue(ctx: BtfTracePointContext) -> i32 {
         heat(slot, control, direction, sector, write);
     }
     attribute(stats, slot, bio.cgroup(), operation != op::READ, bytes);
-    0
 }
 
 /// Counts for the cgroup that owns the bio. A CPU mostly serves one cgroup at a time, so the counts of
@@ -263,39 +253,27 @@ fn has_latency(operation: u32) -> bool {
 }
 
 /// Latency of requests: their start time is kept by the kernel, so nothing is remembered at issue.
-#[btf_tracepoint(function = "block_rq_complete")]
-fn count_request_done(ctx: BtfTracePointContext) -> i32 {
-    let request = Request(ctx.arg::<u64>(0) as usize);
-    let operation = request.op();
-    if !has_latency(operation) || ctx.arg::<u32>(2) == 0 {
-        return 0;
+#[inline(always)]
+pub fn request_done(request: Request, slot: u32, operation: u32) {
+    if !has_latency(operation) {
+        return;
     }
-    let Some((slot, _)) = slot_of(request.diskseq()) else {
-        return 0;
-    };
     let started = request.start_ns();
-    if started == 0 || is_own_ioprio(request.bio().ioprio()) {
-        return 0;
+    if started != 0 && !is_own_ioprio(request.bio().ioprio()) {
+        latency(slot, operation, started);
     }
-    latency(slot, operation, started);
-    0
 }
 
-#[btf_tracepoint(function = "block_bio_complete")]
-fn count_bio_done(ctx: BtfTracePointContext) -> i32 {
-    let bio = Bio(ctx.arg::<u64>(1) as usize);
-    let operation = bio.op();
+/// Latency of bios that never become requests.
+#[inline(always)]
+pub fn bio_done(bio: Bio, slot: u32, operation: u32) {
     if !has_latency(operation) {
-        return 0;
+        return;
     }
-    let Some((slot, false)) = slot_of(bio.diskseq()) else {
-        return 0;
-    };
     let key = bio.0 as u64;
     // SAFETY: the value is copied at once; a reused entry costs one wrong sample at most.
     if let Some(&started) = unsafe { STARTED.get(key) } {
         let _ = STARTED.remove(key);
         latency(slot, operation, started);
     }
-    0
 }

@@ -132,15 +132,15 @@ mod tests {
     #[test]
     fn counts_are_read_out_of_the_tests_output() {
         let table = table(&[
-            "test cost ... verifier 6.12.9-x mark_queue 3523 instructions",
-            "verifier 6.1.0-56 mark_queue 3600 instructions",
-            "verifier 6.1.0-56 count_queue 40 instructions",
+            "test cost ... verifier 6.12.9-x bio_queued 3523 instructions",
+            "verifier 6.1.0-56 bio_queued 3600 instructions",
+            "verifier 6.1.0-56 request_done 40 instructions",
             "the verifier said no",
         ]);
         assert_eq!(
             table.render(),
             "| program | 6.1.0-56 | 6.12.9-x |\n| --- | ---: | ---: |\n\
-             | count_queue | 40 | - |\n| mark_queue | 3600 | 3523 |\n"
+             | bio_queued | 3600 | 3523 |\n| request_done | 40 | - |\n"
         );
         assert_eq!(Table::parse(&table.render()), table);
     }
@@ -149,13 +149,13 @@ mod tests {
     fn a_newer_kernel_of_a_series_takes_the_place_of_the_older() {
         let mut kept = table(&[
             "verifier 6.1.0-56 gone 1 instructions",
-            "verifier 6.1.0-56 mark_queue 1 instructions",
-            "verifier 6.12.9 mark_queue 2 instructions",
+            "verifier 6.1.0-56 bio_queued 1 instructions",
+            "verifier 6.12.9 bio_queued 2 instructions",
         ]);
-        kept.replace(table(&["verifier 6.1.0-57 mark_queue 3 instructions"]));
+        kept.replace(table(&["verifier 6.1.0-57 bio_queued 3 instructions"]));
         let expected = table(&[
-            "verifier 6.1.0-57 mark_queue 3 instructions",
-            "verifier 6.12.9 mark_queue 2 instructions",
+            "verifier 6.1.0-57 bio_queued 3 instructions",
+            "verifier 6.12.9 bio_queued 2 instructions",
         ]);
         assert_eq!(kept, expected);
     }

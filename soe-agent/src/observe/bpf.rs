@@ -14,21 +14,15 @@ use super::TrackerError;
 struct Aligned<T: ?Sized>(T);
 static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("SOE_EBPF_OBJECT")));
 
-/// Programs that track changes; attached first, and always.
+/// Programs that track changes and keep statistics; attached first, and always.
 pub const MARKING: [(&str, &str); 3] = [
-    ("mark_queue", "block_bio_queue"),
-    ("mark_request_done", "block_rq_complete"),
-    ("mark_bio_done", "block_bio_complete"),
+    ("bio_queued", "block_bio_queue"),
+    ("request_done", "block_rq_complete"),
+    ("bio_done", "block_bio_complete"),
 ];
 /// Watches disks that passthrough commands can reach (NVMe, SCSI); attached from the first of them on,
 /// because it runs for every request of the host.
 pub const PASSTHROUGH: (&str, &str) = ("watch_passthrough", "block_rq_issue");
-/// Programs that keep statistics; always attached.
-pub const STATISTICS: [(&str, &str); 3] = [
-    ("count_queue", "block_bio_queue"),
-    ("count_request_done", "block_rq_complete"),
-    ("count_bio_done", "block_bio_complete"),
-];
 /// Programs that record every IO; attached while a disk is traced.
 pub const TRACING: [(&str, &str); 3] = [
     ("trace_queue", "block_bio_queue"),
@@ -107,12 +101,7 @@ pub fn load(offsets: &KernelOffsets, slots: u32) -> Result<Loaded, TrackerError>
         .load(&OBJECT.0)
         .map_err(|e| failed("the eBPF object")(&e))?;
     let mut programs = BTreeMap::new();
-    for (name, tracepoint) in MARKING
-        .into_iter()
-        .chain([PASSTHROUGH])
-        .chain(STATISTICS)
-        .chain(TRACING)
-    {
+    for (name, tracepoint) in MARKING.into_iter().chain([PASSTHROUGH]).chain(TRACING) {
         let program: &mut BtfTracePoint = object
             .program_mut(name)
             .ok_or_else(|| TrackerError::Load {

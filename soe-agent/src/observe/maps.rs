@@ -131,9 +131,6 @@ impl Maps {
             let program = self.programs.get(name).ok_or(io::ErrorKind::NotFound)?;
             syscalls::program_info(program.as_fd()).map(|info| info.recursion_misses)
         };
-        Ok([
-            of("mark_queue")?,
-            of("mark_request_done")? + of("mark_bio_done")?,
-        ])
+        Ok([of("bio_queued")?, of("request_done")? + of("bio_done")?])
     }
 }

@@ -18,7 +18,7 @@ use soe_common::record::{
 };
 
 use super::TrackerError;
-use super::bpf::{self, Loaded, MARKING, PASSTHROUGH, SLOTTED, STATISTICS, TRACING};
+use super::bpf::{self, Loaded, MARKING, PASSTHROUGH, SLOTTED, TRACING};
 use super::disk::{DiskTrack, Geometry};
 use super::maps::Maps;
 use super::syscalls;
@@ -164,7 +164,7 @@ impl PinnedSet {
         }
         let mut links = BTreeMap::new();
         let mut programs = BTreeMap::new();
-        for (name, _) in MARKING.into_iter().chain(STATISTICS) {
+        for (name, _) in MARKING {
             let link = syscalls::pinned(&path.join(format!("link_{name}")))?;
             let id = syscalls::link_program(link.as_fd())?;
             programs.insert(name.to_string(), syscalls::program_by_id(id)?);
@@ -310,7 +310,7 @@ impl Tracker {
         let mut links = BTreeMap::new();
         let exposed = carried.iter().any(|(_, to)| to.disk().takes_passthrough());
         let marking = MARKING.into_iter().chain(exposed.then_some(PASSTHROUGH));
-        for (name, _) in marking.chain(STATISTICS) {
+        for (name, _) in marking {
             links.insert(name.to_string(), attach_pinned(&maps, &set, name)?);
         }
         grace().map_err(TrackerError::io("membarrier"))?;
