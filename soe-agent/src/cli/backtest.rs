@@ -34,9 +34,43 @@ struct Over {
     /// Time between two trainings on what is known by then, the first at --from; 0 trains never
     #[arg(long, value_name = "DUR", default_value = "7d", value_parser = duration)]
     train_every: Duration,
+    /// The network to begin with [default: the one that ships with SOE]
+    #[arg(long, value_name = "FILE")]
+    prior: Option<PathBuf>,
     /// The file to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct PriorArgs {
+    /// The history's folder
+    #[arg(long, value_name = "DIR")]
+    history: PathBuf,
+    /// Width of a bin of load
+    #[arg(long, value_name = "DUR", default_value = "5m", value_parser = duration)]
+    bin: Duration,
+    /// Nothing from here on is looked at
+    #[arg(long, value_name = "TIME", value_parser = args::time)]
+    until: Option<UnixNanos>,
+    /// Leave out one fold of the volumes: FOLD/FOLDS, from 0
+    #[arg(long, value_name = "FOLD/FOLDS", value_parser = fold)]
+    leave_out: Option<(usize, usize)>,
+    /// The seed of weights and batches
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// The file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+fn fold(text: &str) -> Result<(usize, usize), String> {
+    let parts = text.split_once('/').and_then(|(fold, folds)| {
+        Some((fold.parse::<usize>().ok()?, folds.parse::<usize>().ok()?))
+    });
+    parts
+        .filter(|(fold, folds)| fold < folds)
+        .ok_or_else(|| format!("{text:?} is no fold; use 0/4 for the first of four"))
 }
 
 #[derive(Debug, Subcommand)]
@@ -66,6 +100,9 @@ enum Verb {
         #[arg(long, value_name = "P", default_value_t = 0.5)]
         alarm: f64,
     },
+    /// Train the network that ships with SOE on a recorded history (`cargo xtask train-prior`)
+    #[command(hide = true)]
+    Prior(PriorArgs),
     /// The window chosen for one capture in every interval
     Windows {
         #[command(flatten)]
@@ -81,6 +118,7 @@ enum Verb {
 
 pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
     let (over, job) = match args.verb {
+        Verb::Prior(args) => return prior(args, out),
         Verb::Load {
             over,
             horizon,
@@ -110,6 +148,7 @@ pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
         bin: over.bin,
         from: over.from,
         train_every: (!over.train_every.is_zero()).then_some(over.train_every),
+        prior: over.prior,
         job,
         out: over.out.clone(),
     })?;
@@ -118,6 +157,26 @@ pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
         table.pair("volumes", volumes);
         table.pair("rows", rows);
         table.pair("written to", over.out.display());
+        table
+    })
+}
+
+fn prior(args: PriorArgs, mut out: Output) -> Result<(), CliError> {
+    let info = backtest::train_prior(&backtest::PriorRequest {
+        history: args.history,
+        bin: args.bin,
+        until: args.until,
+        leave_out: args.leave_out,
+        seed: args.seed,
+        out: args.out.clone(),
+    })?;
+    out.show(&info, |info| {
+        let mut table = Table::pairs();
+        table.pair("volumes", info.volumes);
+        table.pair("samples", info.samples);
+        table.pair("steps", info.steps);
+        table.pair("loss of the weighted mean's", format!("{:.4}", info.score));
+        table.pair("written to", args.out.display());
         table
     })
 }

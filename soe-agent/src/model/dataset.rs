@@ -5,14 +5,16 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
 use super::baselines::{self, Member, pinball};
-use super::features::{INPUTS, Normal, features};
+use super::features::{INPUTS, Normal, SMOOTHED_AT, features};
 use super::series::{Series, from_log_load};
 use super::weights::{OUTPUTS, Predictor};
-use super::{QUANTILES, QuantileRow, SHORT_HORIZON, TimeScale, VolumeName};
+use super::{QuantileRow, SHORT_HORIZON, TimeScale, VolumeName};
 use crate::seam::UnixNanos;
 
-/// The share of the time range, at its end, that is never trained on.
-const VALIDATION_SHARE: f64 = 0.2;
+/// Forecasts end here, on the log scale: about 500 GB/s.
+pub(super) const MAX_LOG: f32 = 20.0;
+/// A volume whose forecasts lose less than this, in KiB/s, weighs no more for it.
+const MIN_LOSS: f64 = 1e-3;
 
 /// The histories a training may use.
 #[derive(Clone, Debug)]
@@ -32,35 +34,65 @@ pub struct Origin {
     pub bins: usize,
 }
 
-/// Inputs and targets of samples, row by row.
+/// Inputs and targets of samples, one for each known bin of the forecasts.
 #[derive(Clone, Debug, Default)]
 pub struct Samples {
     /// [`INPUTS`] values per sample.
     pub inputs: Vec<f32>,
-    /// [`SHORT_HORIZON`] normalised log loads per sample.
-    pub targets: Vec<f32>,
-    /// 1 where the target was measured, 0 where the bin is missing.
-    pub mask: Vec<f32>,
+    /// What happened, per sample.
+    pub targets: Vec<Target>,
+}
+
+/// What a sample is to be forecast.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// Load in KiB/s.
+    pub load: f32,
+    /// The same, normalised on the log scale.
+    pub z: f32,
+    /// By what z was normalised.
+    pub normal: Normal,
+    /// What an error in KiB/s weighs: one over what the weighted mean loses on this volume, so that no
+    /// volume outweighs the others by its size.
+    pub weight: f32,
 }
 
 impl Samples {
     /// Number of samples.
     pub fn len(&self) -> usize {
-        self.inputs.len() / INPUTS
+        self.targets.len()
     }
 
     /// Whether there is no sample.
     pub fn is_empty(&self) -> bool {
-        self.inputs.is_empty()
+        self.targets.is_empty()
     }
 
-    fn push(&mut self, series: &Series, bins: usize) {
+    /// Adds the known bins of the forecast at an origin; returns the loss of the weighted mean on them.
+    fn push(&mut self, series: &Series, bins: usize) -> (f64, usize) {
         let (x, normal) = features(series.until(bins));
-        self.inputs.extend_from_slice(&x);
-        for row in &series.known().rows[bins..bins + SHORT_HORIZON] {
-            self.targets.push(normal.apply(row.log));
-            self.mask.push(f32::from(u8::from(row.known)));
+        let mut lost = (0.0, 0);
+        for (row, x) in series.known().rows[bins..bins + SHORT_HORIZON]
+            .iter()
+            .zip(x.chunks_exact(INPUTS))
+        {
+            if !row.known {
+                continue;
+            }
+            let simple: QuantileRow = std::array::from_fn(|q| {
+                from_log_load(normal.invert(x.get(SMOOTHED_AT + q).copied().unwrap_or(0.0)))
+            });
+            lost.0 += pinball(&simple, row.load) / 1024.0;
+            lost.1 += 1;
+            self.inputs.extend_from_slice(x);
+            self.targets.push(Target {
+                load: row.load / 1024.0,
+                z: normal.apply(row.log),
+                normal,
+                weight: 1.0,
+            });
         }
+        lost
     }
 }
 
@@ -73,10 +105,10 @@ impl Dataset {
         Some((self.scale.start_of(from), self.scale.start_of(to)))
     }
 
-    /// The moment from which on nothing is trained on.
-    pub fn split(&self) -> Option<UnixNanos> {
+    /// The moment from which on nothing is trained on, if the share `held_back` at the end is not.
+    pub fn split(&self, held_back: f64) -> Option<UnixNanos> {
         let (from, to) = self.range()?;
-        let held = ((to - from) as f64 * VALIDATION_SHARE) as i64;
+        let held = ((to - from) as f64 * held_back.clamp(0.0, 1.0)) as i64;
         Some(to - held)
     }
 
@@ -102,9 +134,25 @@ impl Dataset {
     /// The inputs and targets of `origins`.
     pub fn samples(&self, origins: &[Origin]) -> Samples {
         let mut samples = Samples::default();
-        samples.inputs.reserve(origins.len() * INPUTS);
+        let most = origins.len() * SHORT_HORIZON;
+        samples.inputs.reserve(most * INPUTS);
+        samples.targets.reserve(most);
+        let mut lost = vec![(0.0, 0usize); self.series.len()];
+        let mut of = Vec::with_capacity(origins.len());
         for origin in origins {
-            samples.push(&self.series[origin.series].1, origin.bins);
+            let (loss, bins) = samples.push(&self.series[origin.series].1, origin.bins);
+            lost[origin.series].0 += loss;
+            lost[origin.series].1 += bins;
+            of.push((origin.series, bins));
+        }
+        let mut targets = samples.targets.iter_mut();
+        for (series, bins) in of {
+            let (loss, n) = lost[series];
+            let mean = (loss / n.max(1) as f64).max(MIN_LOSS);
+            targets
+                .by_ref()
+                .take(bins)
+                .for_each(|t| t.weight = (1.0 / mean) as f32);
         }
         samples
     }
@@ -166,14 +214,14 @@ pub(super) fn network_rows(
     normal: Normal,
 ) -> Option<Vec<QuantileRow>> {
     let z = network.predict(inputs);
-    if z.len() != OUTPUTS || z.iter().any(|v| !v.is_finite()) {
+    if z.len() != SHORT_HORIZON * OUTPUTS || z.iter().any(|v| !v.is_finite()) {
         return None;
     }
     let rows = z
-        .chunks_exact(QUANTILES.len())
+        .chunks_exact(OUTPUTS)
         .map(|chunk| {
             let mut row: QuantileRow =
-                std::array::from_fn(|q| from_log_load(normal.invert(chunk[q])));
+                std::array::from_fn(|q| from_log_load(normal.invert(chunk[q]).clamp(0.0, MAX_LOG)));
             row.sort_unstable_by(f32::total_cmp);
             row
         })
@@ -207,7 +255,7 @@ mod tests {
     #[test]
     fn training_and_validation_do_not_touch() {
         let data = dataset(300);
-        let split = data.split().unwrap();
+        let split = data.split(0.2).unwrap();
         let cut = usize::try_from(data.scale.index_of(split)).unwrap();
         let training = data.training_origins(split, 1000, 1);
         let validation = data.validation_origins(split, 1000);
@@ -221,7 +269,7 @@ mod tests {
     #[test]
     fn short_series_give_no_samples() {
         let data = dataset(20);
-        let split = data.split().unwrap();
+        let split = data.split(0.2).unwrap();
         assert!(data.training_origins(split, 10, 1).is_empty());
         assert!(data.samples(&[]).is_empty());
     }

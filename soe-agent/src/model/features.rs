@@ -1,21 +1,30 @@
 //! The network's inputs, from what is known at one moment. Pure.
+//!
+//! One sample is one bin of one forecast: its inputs are aligned to that bin (the same clock time a
+//! season ago, the same phase of the hours before), so one small network serves every lead.
 
-use super::SHORT_HORIZON;
-use super::onset::intervals;
-use super::series::{Known, Row, SEASONS_IN_WEEK};
+use super::baselines::Smoothed;
+use super::series::{Known, Row, SEASONS_IN_WEEK, quantile_of_sorted};
+use super::{QUANTILES, SHORT_HORIZON};
 
 /// The newest bins, each an input.
-const LAGS: usize = 24;
-/// Equal parts of the trailing season, each mean an input.
-const PARTS: usize = 8;
-/// Groups of neighbouring bins of the horizon for which the onset history is an input.
-const ONSET_GROUPS: usize = 3;
+const RECENT: usize = 4;
+/// Parts of a season; an input is the load so many parts before the bin (24 hours of a day).
+const PARTS: usize = 24;
+/// Levels at which the same clock times of seven seasons are given.
+const CLOCK_LEVELS: [f64; 4] = [0.1, 0.5, 0.75, 0.9];
+/// Levels at which the trailing season is given.
+const TRAILING_LEVELS: [f64; 3] = [0.1, 0.5, 0.9];
+
+/// Where the forecast of the weighted mean begins among the inputs, level by level of [`QUANTILES`]: the
+/// network starts out as that forecast.
+pub const SMOOTHED_AT: usize = RECENT + PARTS + 1 + CLOCK_LEVELS.len() + 1;
 
 /// How many inputs a sample has.
-pub const INPUTS: usize = LAGS + PARTS + 2 * SHORT_HORIZON + 7 + 6 + ONSET_GROUPS + 3 + 3;
+pub const INPUTS: usize = SMOOTHED_AT + QUANTILES.len() + TRAILING_LEVELS.len() + 3 + 7;
 
 /// Changes whenever the meaning of an input does; saved with the weights.
-pub const FEATURE_VERSION: u32 = 1;
+pub const FEATURE_VERSION: u32 = 2;
 
 /// The level and spread by which one sample is normalised, both on the log scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,7 +37,7 @@ pub struct Normal {
 
 impl Normal {
     /// Keeps nearly constant series from being blown up to noise.
-    pub const MIN_DEVIATION: f32 = 0.2;
+    pub const MIN_DEVIATION: f32 = 0.1;
 
     /// The normalisation of what is known.
     pub fn of(known: Known<'_>) -> Self {
@@ -48,7 +57,7 @@ impl Normal {
 
     /// Log load to the network's scale.
     pub fn apply(&self, log: f32) -> f32 {
-        ((log - self.mean) / self.deviation).clamp(-10.0, 10.0)
+        ((log - self.mean) / self.deviation).clamp(-8.0, 12.0)
     }
 
     /// The network's scale to log load.
@@ -57,113 +66,89 @@ impl Normal {
     }
 }
 
-/// The inputs for a forecast of the bins after what is known: [`INPUTS`] finite values.
+/// The inputs for forecasts of the [`SHORT_HORIZON`] bins after what is known: [`INPUTS`] finite values
+/// for each.
 pub fn features(known: Known<'_>) -> (Vec<f32>, Normal) {
     let normal = Normal::of(known);
-    let mut x = Vec::with_capacity(INPUTS);
-    let z = |row: &Row| normal.apply(row.log);
-
-    // What just happened.
-    x.extend((1..=LAGS).map(|back| known.back(back).map_or(0.0, z)));
-    // The shape of the trailing season.
-    let season_bins = known.scale.season_bins();
-    for part in 0..PARTS {
-        let from = part * season_bins / PARTS;
-        let to = (part + 1) * season_bins / PARTS;
-        x.push(mean(
-            (from + 1..=to).filter_map(|back| known.back(back).map(z)),
-        ));
+    let z = |log: f32| normal.apply(log);
+    let mut x = Vec::with_capacity(SHORT_HORIZON * INPUTS);
+    // What all leads share.
+    let recent: Vec<f32> = (1..=RECENT)
+        .map(|back| known.back(back).map_or(0.0, |row| z(row.log)))
+        .collect();
+    let smoothed = Smoothed::of(known);
+    let errors = smoothed.error_quantiles();
+    let season = sorted(known.season().iter().map(|row| row.log));
+    let trailing = TRAILING_LEVELS.map(|level| z(quantile_of_sorted(&season, level)));
+    for lead in 0..SHORT_HORIZON {
+        x.extend_from_slice(&recent);
+        hours(known, lead, normal, &mut x);
+        clock_times(known, lead, normal, &mut x);
+        x.push(z(smoothed.level));
+        x.extend(errors.map(|error| z(smoothed.level + error)));
+        x.extend_from_slice(&trailing);
+        x.push(normal.mean / 5.0);
+        x.push(normal.deviation.ln());
+        x.push((lead + 1) as f32 / SHORT_HORIZON as f32);
+        clock(known, lead, &mut x);
     }
-    // The same clock time a season ago and over seven.
-    for h in 0..SHORT_HORIZON {
-        let same = |k: usize| (k * season_bins).checked_sub(h).and_then(|b| known.back(b));
-        x.push(same(1).map_or(0.0, z));
-        x.push(mean((1..=SEASONS_IN_WEEK).filter_map(|k| same(k).map(z))));
-    }
-    level(known, normal, &mut x);
-    clock(known, &mut x);
-    onset_history(known, &mut x);
-    mix(known, &mut x);
-    debug_assert_eq!(x.len(), INPUTS);
+    debug_assert_eq!(x.len(), SHORT_HORIZON * INPUTS);
     (x, normal)
 }
 
-/// Where the volume stands: level, spread, extremes, gaps.
-fn level(known: Known<'_>, normal: Normal, x: &mut Vec<f32>) {
-    let season = known.season();
-    let share = |hit: &dyn Fn(&Row) -> bool| {
-        season.iter().filter(|r| hit(r)).count() as f32 / season.len().max(1) as f32
-    };
-    let logs = || season.iter().map(|r| r.log);
-    x.push(normal.mean / 10.0);
-    x.push(normal.deviation);
-    x.push(normal.apply(logs().fold(0.0, f32::max)));
-    x.push(normal.apply(logs().fold(f32::INFINITY, f32::min).min(1e6)));
-    x.push(share(&|r| r.load == 0.0));
-    x.push(share(&|r| !r.known));
-    x.push(mean((1..=SHORT_HORIZON / 2).filter_map(|b| {
-        let (new, old) = (known.back(b)?, known.back(b + SHORT_HORIZON / 2)?);
-        Some(normal.apply(new.log) - normal.apply(old.log))
-    })));
+/// The row `back` bins before the bin at `lead`, if that is known already.
+fn before(known: Known<'_>, lead: usize, back: usize) -> Option<&Row> {
+    known.back(back.checked_sub(lead).filter(|back| *back > 0)?)
 }
 
-/// Phase in the season, twice the season and the week.
-fn clock(known: Known<'_>, x: &mut Vec<f32>) {
+/// Bins of a part of the season: an hour of a day.
+fn part_bins(known: Known<'_>) -> usize {
+    (known.scale.season_bins() / PARTS).max(1)
+}
+
+/// The load whole parts of the season before the bin. Where a part is shorter than the lead, the newest
+/// row of the same phase stands in; where there is no history, the mean.
+fn hours(known: Known<'_>, lead: usize, normal: Normal, x: &mut Vec<f32>) {
+    let part = part_bins(known);
+    let newest = (lead + 1).div_ceil(part).max(1);
+    x.extend((1..=PARTS).map(|k| {
+        before(known, lead, part * k.max(newest)).map_or(0.0, |row| normal.apply(row.log))
+    }));
+}
+
+/// The same clock time a week ago, and over seven seasons, a bin to either side included.
+fn clock_times(known: Known<'_>, lead: usize, normal: Normal, x: &mut Vec<f32>) {
+    let season = known.scale.season_bins();
+    let same = |back: usize| before(known, lead, back).map(|row| normal.apply(row.log));
+    x.push(same(season * SEASONS_IN_WEEK).unwrap_or(0.0));
+    let around = sorted((1..=SEASONS_IN_WEEK).flat_map(|k| {
+        [k * season + 1, k * season, k * season - 1]
+            .into_iter()
+            .filter_map(same)
+    }));
+    x.extend(CLOCK_LEVELS.map(|level| quantile_of_sorted(&around, level)));
+}
+
+/// Phase in the season, in its part and in half of it, and the weekend.
+fn clock(known: Known<'_>, lead: usize, x: &mut Vec<f32>) {
     let season = known.scale.season_bins() as i64;
-    for (period, harmonic) in [
-        (season, 1.0),
-        (season, 2.0),
-        (season * SEASONS_IN_WEEK as i64, 1.0),
-    ] {
-        let phase = known.next_index().rem_euclid(period) as f64 / period as f64;
+    let part = part_bins(known) as i64;
+    let index = known.next_index() + lead as i64;
+    for (period, harmonic) in [(season, 1.0), (part, 1.0), (part, 2.0)] {
+        let phase = index.rem_euclid(period) as f64 / period as f64;
         let angle = std::f64::consts::TAU * phase * harmonic;
         x.push(angle.sin() as f32);
         x.push(angle.cos() as f32);
     }
+    // The first of January 1970 was a Thursday.
+    let day = (known.scale.start_of(index).div_euclid(86_400_000_000_000) + 3).rem_euclid(7);
+    x.push(f32::from(u8::from(day >= 5)));
 }
 
-/// Onsets at the clock times to come, and the rhythm since the last one.
-fn onset_history(known: Known<'_>, x: &mut Vec<f32>) {
-    let season = known.scale.season_bins();
-    let group = SHORT_HORIZON / ONSET_GROUPS;
-    for g in 0..ONSET_GROUPS {
-        let mut onsets = 0.0;
-        let mut seasons: f32 = 0.0;
-        for k in 1..=SEASONS_IN_WEEK {
-            let rows = (g * group..(g + 1) * group)
-                .filter_map(|h| (k * season).checked_sub(h).and_then(|b| known.back(b)));
-            let mut any = None;
-            for row in rows {
-                any = Some(any.unwrap_or(false) || row.onset);
-            }
-            if let Some(any) = any {
-                seasons += 1.0;
-                onsets += f32::from(u8::from(any));
-            }
-        }
-        x.push(onsets / seasons.max(1.0));
-    }
-    let (intervals, age) = intervals(known);
-    let week = known.scale.week_bins() as f32;
-    x.push(age.map_or(1.0, |a| (a as f32).ln_1p() / week.ln_1p()));
-    let mean_interval = mean(intervals.iter().map(|i| *i as f32));
-    x.push(match age {
-        Some(age) if mean_interval > 0.0 => (age as f32 / mean_interval).min(3.0),
-        _ => 0.0,
-    });
-    x.push(f32::from(u8::from(known.back(1).is_some_and(|r| r.burst))));
-}
-
-/// What kind of load it is.
-fn mix(known: Known<'_>, x: &mut Vec<f32>) {
-    x.push(known.back(1).map_or(0.5, |r| r.read_share));
-    x.push(mean(known.season().iter().map(|r| r.read_share)));
-    x.push(known.back(1).map_or(0.0, |r| r.log_size / 5.0));
-}
-
-fn mean(values: impl Iterator<Item = f32>) -> f32 {
-    let (sum, n) = values.fold((0.0f32, 0u32), |(s, n), v| (s + v, n + 1));
-    if n == 0 { 0.0 } else { sum / n as f32 }
+fn sorted(values: impl Iterator<Item = f32>) -> Vec<f32> {
+    let mut values: Vec<f32> = values.collect();
+    values.sort_unstable_by(f32::total_cmp);
+    values
 }
 
 #[cfg(test)]
@@ -192,7 +177,7 @@ mod tests {
     fn one_point_gives_finite_inputs() {
         let s = series(&[Some(5.0)]);
         let (x, _) = features(s.known());
-        assert_eq!(x.len(), INPUTS);
+        assert_eq!(x.len(), SHORT_HORIZON * INPUTS);
         assert!(x.iter().all(|v| v.is_finite()));
     }
 
@@ -204,7 +189,7 @@ mod tests {
         let b: Vec<_> = a.iter().map(|v| v.map(|v| v * 64.0)).collect();
         let (xa, _) = features(series(&a).known());
         let (xb, _) = features(series(&b).known());
-        for i in 0..LAGS + PARTS {
+        for i in 0..RECENT + PARTS {
             assert!((xa[i] - xb[i]).abs() < 0.01, "{i}: {} {}", xa[i], xb[i]);
         }
     }

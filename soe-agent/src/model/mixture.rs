@@ -1,19 +1,20 @@
-//! The forecaster that serves: all members side by side, per volume the one its gate chose.
+//! The forecaster that serves: all members side by side, blended per volume.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use super::baselines::{self, Member, pinball};
+use super::baselines::{self, Member, pinball_levels};
+use super::blend::{Blend, BlendRules};
 use super::burst::BurstRule;
 use super::dataset::{Dataset, network_rows};
 use super::features::features;
-use super::gate::{Gate, GateRules};
 use super::onset::OnsetMixture;
 use super::series::{Known, LoadBin, Series, SeriesError, TimeScale};
 use super::weights::{ModelError, Predictor, Trained, TrainedInfo, predictor};
 use super::{
-    Forecaster, Promotion, QuantileForecast, QuantileRow, SHORT_HORIZON, Serving, VolumeName,
+    Forecaster, Promotion, Q10, Q90, QUANTILES, QuantileForecast, QuantileRow, SHORT_HORIZON,
+    Serving, VolumeName,
 };
 use crate::seam::UnixNanos;
 
@@ -24,9 +25,9 @@ pub struct MixtureConfig {
     pub scale: TimeScale,
     /// What a burst is.
     pub burst: BurstRule,
-    /// How members are chosen.
-    pub gate: GateRules,
-    /// Seasons of history kept in memory per volume (about 28 bytes a bin); at least eight.
+    /// How members are weighed.
+    pub blend: BlendRules,
+    /// Seasons of history kept in memory per volume (16 bytes a bin); at least eight.
     pub keep_seasons: usize,
 }
 
@@ -36,8 +37,8 @@ impl MixtureConfig {
         Self {
             scale,
             burst: BurstRule::default(),
-            gate: GateRules::default(),
-            keep_seasons: 15,
+            blend: BlendRules::default(),
+            keep_seasons: 29,
         }
     }
 }
@@ -53,11 +54,13 @@ type MemberRows = [Option<Vec<QuantileRow>>; MEMBERS];
 struct Pending {
     origin: i64,
     rows: MemberRows,
+    /// What was served of them.
+    served: Vec<QuantileRow>,
 }
 
 struct Volume {
     series: Series,
-    gate: Gate,
+    blend: Blend,
     onset: OnsetMixture,
     pending: VecDeque<Pending>,
 }
@@ -66,6 +69,8 @@ struct Volume {
 pub struct Mixture {
     config: MixtureConfig,
     volumes: BTreeMap<VolumeName, Volume>,
+    /// The network that ships, and the one trained here.
+    prior: Option<Box<dyn Predictor>>,
     network: Option<(TrainedInfo, Box<dyn Predictor>)>,
 }
 
@@ -75,6 +80,7 @@ impl Mixture {
         Self {
             config,
             volumes: BTreeMap::new(),
+            prior: None,
             network: None,
         }
     }
@@ -85,15 +91,26 @@ impl Mixture {
     }
 
     /// Puts a network in service without a back-test: at start, with the network that served
-    /// before. The gates still decide per volume.
+    /// before. Each volume still weighs it by what it does there.
     ///
     /// # Errors
     /// [`ModelError`] if the network does not fit this build.
     pub fn restore(&mut self, trained: &Trained) -> Result<(), ModelError> {
         self.network = Some((trained.info.clone(), predictor(trained)?));
         for volume in self.volumes.values_mut() {
-            volume.gate.network_changed();
+            volume.blend.network_changed();
         }
+        Ok(())
+    }
+}
+
+impl Mixture {
+    /// Puts a network beside it that was trained elsewhere: the one that ships with this build.
+    ///
+    /// # Errors
+    /// As [`Mixture::restore`].
+    pub fn set_prior(&mut self, prior: &Trained) -> Result<(), ModelError> {
+        self.prior = Some(predictor(prior)?);
         Ok(())
     }
 }
@@ -102,7 +119,7 @@ impl Volume {
     fn new(config: &MixtureConfig) -> Self {
         Self {
             series: Series::new(config.scale, config.burst, config.keep_seasons),
-            gate: Gate::new(config.scale, config.gate),
+            blend: Blend::new(config.scale, config.blend),
             onset: OnsetMixture::default(),
             pending: VecDeque::new(),
         }
@@ -116,8 +133,8 @@ impl Volume {
         let Some(row) = known.back(1).filter(|r| r.known) else {
             return;
         };
-        let mut sums = [(0.0, 0usize); MEMBERS];
-        let mut origins = 0;
+        let mut sums = [([0.0; QUANTILES.len()], 0usize); MEMBERS];
+        let (mut origins, mut below, mut above) = (0, 0, 0);
         for pending in &self.pending {
             let lead = usize::try_from(next - 1 - pending.origin).unwrap_or(usize::MAX);
             if lead >= SHORT_HORIZON {
@@ -126,15 +143,24 @@ impl Volume {
             origins += 1;
             for (sum, rows) in sums.iter_mut().zip(&pending.rows) {
                 if let Some(forecast) = rows.as_ref().and_then(|r| r.get(lead)) {
-                    sum.0 += pinball(forecast, row.load);
+                    let losses = pinball_levels(forecast, row.load);
+                    sum.0.iter_mut().zip(losses).for_each(|(s, l)| *s += l);
                     sum.1 += 1;
                 }
+            }
+            if let Some(served) = pending.served.get(lead) {
+                below += usize::from(row.load < served[Q10]);
+                above += usize::from(row.load > served[Q90]);
             }
         }
         if origins > 0 {
             // A member that lacks a forecast for some origins is not comparable on this bin.
-            self.gate
-                .mature(sums.map(|(sum, n)| (n == origins).then(|| sum / n as f64)));
+            let mean = |(sum, n): ([f64; QUANTILES.len()], usize)| {
+                (n == origins).then(|| sum.map(|s| s / n as f64))
+            };
+            self.blend.mature(sums.map(mean));
+            let share = |n: usize| n as f64 / origins as f64;
+            self.blend.covered(share(below), share(above));
         }
         while self
             .pending
@@ -148,24 +174,23 @@ impl Volume {
     fn forecast(
         &mut self,
         horizon: usize,
-        network: Option<&dyn Predictor>,
+        networks: [(Member, Option<&dyn Predictor>); 2],
     ) -> Option<QuantileForecast> {
         let known = self.series.known();
         let mut members: MemberRows = Default::default();
         for member in Member::SIMPLE {
             members[member.index()] = baselines::forecast(member, known, SHORT_HORIZON);
         }
-        if let Some(network) = network
-            && known.seasons() >= 1.0
-        {
+        if known.seasons() >= 1.0 && networks.iter().any(|(_, network)| network.is_some()) {
             let (inputs, normal) = features(known);
-            members[Member::Network.index()] = network_rows(network, &inputs, normal);
+            for (member, network) in networks {
+                members[member.index()] =
+                    network.and_then(|network| network_rows(network, &inputs, normal));
+            }
         }
-        let has_network = members[Member::Network.index()].is_some();
-        let member = self.gate.choose(known.seasons(), has_network);
-        let mut rows = members[member.index()]
-            .clone()
-            .or_else(|| members[Member::Ewma.index()].clone())?;
+        let served = self.blend.serve(known.seasons(), &members)?;
+        let member = self.blend.serving();
+        let mut rows = served.clone();
         rows.truncate(horizon);
         if horizon > SHORT_HORIZON {
             let tail = baselines::forecast(self.tail(known), known, horizon)?;
@@ -185,6 +210,7 @@ impl Volume {
             self.pending.push_back(Pending {
                 origin,
                 rows: members,
+                served,
             });
         }
         Some(forecast)
@@ -193,7 +219,7 @@ impl Volume {
     /// Who forecasts the bins that no member is scored on: the climatology once it has more than a
     /// season to stand on and has not done worse than the plain quantiles.
     fn tail(&self, known: Known<'_>) -> Member {
-        let trailing_won = self.gate.better(Member::Trailing, Member::Seasonal);
+        let trailing_won = self.blend.better(Member::Trailing, Member::Seasonal);
         if known.seasons() >= 2.0 && !trailing_won {
             Member::Seasonal
         } else {
@@ -220,16 +246,22 @@ impl Forecaster for Mixture {
     }
 
     fn forecast(&mut self, volume: &VolumeName, horizon: usize) -> Option<QuantileForecast> {
-        let network = self.network.as_ref().map(|(_, n)| n.as_ref());
-        self.volumes.get_mut(volume)?.forecast(horizon, network)
+        let networks = [
+            (Member::Prior, self.prior.as_deref()),
+            (
+                Member::Network,
+                self.network.as_ref().map(|(_, n)| n.as_ref()),
+            ),
+        ];
+        self.volumes.get_mut(volume)?.forecast(horizon, networks)
     }
 
     fn serving(&self, volume: &VolumeName) -> Option<Serving> {
         let volume = self.volumes.get(volume)?;
-        let losses = volume.gate.losses();
+        let losses = volume.blend.losses();
         Some(Serving {
-            member: volume.gate.serving(),
-            why: volume.gate.why().to_owned(),
+            member: volume.blend.serving(),
+            why: volume.blend.why().to_owned(),
             losses: Member::ALL.map(|m| (m, losses[m.index()])).to_vec(),
             bins: volume.series.len(),
         })
@@ -255,10 +287,12 @@ impl Forecaster for Mixture {
                 reason: "too little history after its training to back-test it".to_owned(),
             });
         };
-        let old = self
-            .network
-            .as_ref()
-            .and_then(|(_, n)| data.score(n.as_ref(), &origins));
+        let serving = self.network.as_ref().map(|(_, n)| n.as_ref());
+        let old = [serving, self.prior.as_deref()]
+            .into_iter()
+            .flatten()
+            .filter_map(|n| data.score(n, &origins))
+            .reduce(f64::min);
         let (bar, against) = match old {
             Some(old) => (
                 old * PROMOTION_RATIO,
@@ -272,7 +306,7 @@ impl Forecaster for Mixture {
         }
         self.network = Some((trained.info.clone(), offered));
         for volume in self.volumes.values_mut() {
-            volume.gate.network_changed();
+            volume.blend.network_changed();
         }
         Ok(Promotion::Promoted { reason })
     }
@@ -336,7 +370,7 @@ mod tests {
         }
         let serving = m.serving(&v).unwrap();
         assert_eq!(serving.member, Member::Seasonal, "{serving:?}");
-        assert!(serving.why.contains("against"), "{}", serving.why);
+        assert!(serving.why.contains("seasonal"), "{}", serving.why);
     }
 
     proptest! {

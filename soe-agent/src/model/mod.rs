@@ -3,7 +3,7 @@
 //! The way of the data: bins of load enter a [`Series`](series::Series) per volume; everything a
 //! forecast may use is a [`Known`](series::Known) view of it, which ends at the moment of the
 //! forecast, so looking ahead is impossible by construction. The [`Mixture`](mixture::Mixture)
-//! keeps a [`Gate`](gate::Gate) per volume that chooses among the members by their matured loss.
+//! keeps a [`Blend`](blend::Blend) per volume that weighs the members by their matured loss.
 //!
 //! Invariant: nothing outside this room names burn, and within it only `net.rs` does.
 
@@ -25,7 +25,7 @@ pub mod features;
 
 pub mod baselines;
 
-pub mod gate;
+pub mod blend;
 
 pub mod mixture;
 
@@ -49,6 +49,10 @@ pub const QUANTILES: [f64; 6] = [0.1, 0.5, 0.8, 0.9, 0.95, 0.99];
 /// One load per level of [`QUANTILES`], in bytes per second, ascending.
 pub type QuantileRow = [f32; QUANTILES.len()];
 
+/// The index of the 0.1 quantile in a [`QuantileRow`].
+pub const Q10: usize = 0;
+/// The index of the 0.9 quantile in a [`QuantileRow`].
+pub const Q90: usize = 3;
 /// The index of the median in a [`QuantileRow`].
 pub const Q50: usize = 1;
 /// The index of the 0.8 quantile in a [`QuantileRow`]; quiet windows minimise it.

@@ -173,10 +173,6 @@ pub struct Row {
     pub load: f32,
     /// `ln(1 + load / 1 KiB/s)`.
     pub log: f32,
-    /// Share of the bytes that were read, 0 to 1; 0.5 without load.
-    pub read_share: f32,
-    /// `ln(1 + bytes per operation / 1 KiB)`.
-    pub log_size: f32,
     /// Above this load the bin would have been a burst, by what was known before it.
     pub threshold: f32,
     /// Whether the load was measured; missing bins are never scored.
@@ -341,22 +337,10 @@ impl Series {
 }
 
 fn measured(load: &LoadBin, bin: Duration) -> Row {
-    let bytes = load.bytes();
-    let ops = load.read_ops + load.write_ops;
     let per_second = load.bytes_per_second(bin);
     Row {
         load: per_second as f32,
         log: log_load(per_second),
-        read_share: if bytes > 0.0 {
-            (load.read_bytes / bytes) as f32
-        } else {
-            0.5
-        },
-        log_size: if ops > 0.0 {
-            (bytes / ops / 1024.0).ln_1p() as f32
-        } else {
-            0.0
-        },
         threshold: f32::INFINITY,
         known: true,
         burst: false,

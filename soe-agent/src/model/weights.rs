@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::features::{FEATURE_VERSION, INPUTS};
-use super::{QUANTILES, SHORT_HORIZON, TimeScale};
+use super::{QUANTILES, TimeScale};
 use crate::seam::UnixNanos;
 
 const MAGIC: &[u8; 8] = b"SOEMODEL";
@@ -29,8 +29,8 @@ const CHECKSUM: usize = 32;
 /// A file larger than this is not read: networks are smaller by orders of magnitude.
 const MAX_FILE: u64 = 64 << 20;
 
-/// Values a network puts out per sample: bin by bin, within a bin the [`QUANTILES`].
-pub const OUTPUTS: usize = SHORT_HORIZON * QUANTILES.len();
+/// Values a network puts out per sample, which is one bin of a forecast: the [`QUANTILES`].
+pub const OUTPUTS: usize = QUANTILES.len();
 
 /// Why a network cannot be made, kept or used.
 #[derive(Debug, thiserror::Error)]
@@ -157,9 +157,16 @@ pub struct Trained {
     pub weights: Vec<f32>,
 }
 
+/// The network that this build ships with: `cargo xtask train-prior` made it (docs/forecasting.md says from
+/// what, and how it scores). It serves until a host has trained one of its own, and that one begins
+/// from it.
+pub fn prior() -> Result<Trained, ModelError> {
+    Trained::from_bytes(include_bytes!("../../models/prior.soe"))
+}
+
 /// Forecasts on the network's scale from the inputs of one sample.
 pub trait Predictor: Send {
-    /// [`OUTPUTS`] normalised log loads for [`INPUTS`] inputs.
+    /// [`OUTPUTS`] normalised log loads for every [`INPUTS`] inputs.
     fn predict(&self, inputs: &[f32]) -> Vec<f32>;
 }
 
@@ -345,6 +352,12 @@ mod tests {
                 .map(|i| i as f32 * 0.25 - 3.0)
                 .collect(),
         }
+    }
+
+    #[test]
+    fn the_network_that_ships_fits_this_build() {
+        let prior = prior().unwrap();
+        assert!(prior.info.score < 0.9, "{}", prior.info.score);
     }
 
     #[test]

@@ -179,11 +179,16 @@ impl Agent {
         let guard = spawn_guard(&marker)?;
         let mut mixture = Mixture::new(MixtureConfig::new(scale));
         let weights = state_dir.join("model.soe");
+        if let Err(error) =
+            crate::model::weights::prior().and_then(|prior| mixture.set_prior(&prior))
+        {
+            tracing::warn!(%error, "the network that ships with SOE is not used");
+        }
         if weights.exists() {
             match Trained::load(&weights).and_then(|trained| mixture.restore(&trained)) {
                 Ok(()) => tracing::info!("the network that served before serves again"),
                 Err(error) => {
-                    tracing::warn!(%error, "the trained network is not used; the baselines forecast until the next training")
+                    tracing::warn!(%error, "the network that was trained here is not used until the next training")
                 }
             }
         }

@@ -560,8 +560,9 @@ impl Agent {
         // SAFETY: setpriority of this thread touches no memory.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
         let seed = u64::from(self.config().model.seed);
-        let trained =
-            train(&dataset, budget, seed, None, &self.stopping).map_err(|e| e.to_string())?;
+        let prior = crate::model::weights::prior().ok();
+        let trained = train(&dataset, budget, seed, prior.as_ref(), &self.stopping)
+            .map_err(|e| e.to_string())?;
         self.metrics
             .training_duration
             .observe([], (self.clock.monotonic() - began).as_secs_f64());

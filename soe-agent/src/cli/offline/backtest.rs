@@ -10,7 +10,8 @@ use crate::cli::error::CliError;
 use crate::history::{FlatColumn, FlatTable, write_flat};
 use crate::model::burst::BurstRule;
 use crate::model::mixture::{Mixture, MixtureConfig};
-use crate::model::{QuantileForecast, TimeScale, VolumeName};
+use crate::model::weights::{self, ModelError, TrainedInfo};
+use crate::model::{QuantileForecast, TimeScale, Trained, VolumeName};
 use crate::plan::backtest::{self, Course};
 use crate::plan::simulate::Trainer;
 use crate::seam::UnixNanos;
@@ -54,6 +55,8 @@ pub(in crate::cli) struct Request {
     pub(in crate::cli) from: Option<UnixNanos>,
     /// Time between two trainings; `None` trains never.
     pub(in crate::cli) train_every: Option<Duration>,
+    /// The network to begin with, instead of the one that ships.
+    pub(in crate::cli) prior: Option<PathBuf>,
     /// What is asked.
     pub(in crate::cli) job: Job,
     /// The file to write.
@@ -90,7 +93,21 @@ pub(in crate::cli) fn run(request: &Request) -> Result<Answer, CliError> {
         burst: BurstRule::STRICT,
         ..MixtureConfig::new(scale)
     });
-    let trainer = trainer();
+    let prior = match &request.prior {
+        Some(path) => Trained::load(path),
+        None => weights::prior(),
+    };
+    let prior = match prior {
+        Ok(prior) => forecaster.set_prior(&prior).map(|()| prior),
+        Err(error) => Err(error),
+    };
+    let prior = match (prior, &request.prior) {
+        (Ok(prior), _) => Some(prior),
+        // A build without a network forecasts without.
+        (Err(ModelError::NotBuilt), None) => None,
+        (Err(error), _) => return Err(CliError::Failed(error.to_string())),
+    };
+    let trainer = trainer(prior);
     let course = Course {
         scale,
         from: request.from.unwrap_or(first),
@@ -205,21 +222,89 @@ impl Job {
 
 /// Trains as the agent does, bounded by steps alone, so that the result does not depend on the machine.
 #[cfg(feature = "model")]
-fn trainer() -> Option<Box<Trainer<'static>>> {
+fn trainer(prior: Option<Trained>) -> Option<Box<Trainer<'static>>> {
     use crate::model::net::{Budget, train};
-    Some(Box::new(|data| {
+    Some(Box::new(move |data| {
         let budget = Budget {
             max_cpu: None,
             ..Budget::default()
         };
         let never = std::sync::atomic::AtomicBool::new(false);
-        train(data, budget, 1, None, &never)
+        train(data, budget, 1, prior.as_ref(), &never)
     }))
 }
 
 #[cfg(not(feature = "model"))]
-fn trainer() -> Option<Box<Trainer<'static>>> {
+fn trainer(_: Option<Trained>) -> Option<Box<Trainer<'static>>> {
     None
+}
+
+/// What `soe model prior` is asked for.
+pub(in crate::cli) struct PriorRequest {
+    /// The history's folder.
+    pub(in crate::cli) history: PathBuf,
+    /// Width of a bin.
+    pub(in crate::cli) bin: Duration,
+    /// Nothing from here on is looked at.
+    pub(in crate::cli) until: Option<UnixNanos>,
+    /// Of so many folds of the volumes, the one that is left out.
+    pub(in crate::cli) leave_out: Option<(usize, usize)>,
+    /// The seed.
+    pub(in crate::cli) seed: u64,
+    /// The file to write.
+    pub(in crate::cli) out: PathBuf,
+}
+
+/// Trains a network on a whole history and writes it.
+#[cfg(feature = "model")]
+pub(in crate::cli) fn train_prior(request: &PriorRequest) -> Result<TrainedInfo, CliError> {
+    use crate::model::dataset::Dataset;
+    use crate::model::net::{Budget, train};
+    use crate::model::series::Series;
+    let season = usize::try_from(DAY.as_nanos() / request.bin.as_nanos().max(1)).unwrap_or(0);
+    let scale = TimeScale::new(request.bin, season).map_err(|e| CliError::Usage(e.to_string()))?;
+    let history = simulation::read(&request.history, scale)?;
+    let mut dataset = Dataset {
+        scale,
+        series: Vec::new(),
+    };
+    for (number, volume) in history.volumes.iter().enumerate() {
+        if request
+            .leave_out
+            .is_some_and(|(fold, folds)| number % folds.max(1) == fold)
+        {
+            continue;
+        }
+        let seasons = volume.bins.len() / season + 1;
+        let mut series = Series::new(scale, BurstRule::STRICT, seasons);
+        for (index, load) in volume.bins.iter().enumerate() {
+            let start = scale.start_of(scale.index_of(volume.start) + index as i64);
+            if request.until.is_some_and(|until| start >= until) {
+                break;
+            }
+            // A value that is no load is left out, as in the agent.
+            let _ = series.push(start, *load);
+        }
+        dataset.series.push((volume.name.clone(), series));
+    }
+    let budget = Budget {
+        max_cpu: None,
+        held_back: 0.05,
+        ..Budget::default()
+    };
+    let never = std::sync::atomic::AtomicBool::new(false);
+    let trained = train(&dataset, budget, request.seed, None, &never)
+        .map_err(|e| CliError::Failed(e.to_string()))?;
+    trained
+        .save(&request.out)
+        .map_err(|e| CliError::Failed(e.to_string()))?;
+    Ok(trained.info)
+}
+
+/// Without burn there is nothing to train.
+#[cfg(not(feature = "model"))]
+pub(in crate::cli) fn train_prior(_: &PriorRequest) -> Result<TrainedInfo, CliError> {
+    Err(CliError::Failed(ModelError::NotBuilt.to_string()))
 }
 
 #[derive(Default)]

@@ -66,8 +66,14 @@ fn run(
     };
     let never = std::sync::atomic::AtomicBool::new(false);
     let seed = u64::from(config.model.seed);
-    let trainer =
-        move |data: &crate::model::dataset::Dataset| train(data, budget, seed, None, &never);
+    let prior = crate::model::weights::prior().ok();
+    if let Some(prior) = &prior {
+        // A build with a network has one that fits.
+        let _ = forecaster.set_prior(prior);
+    }
+    let trainer = move |data: &crate::model::dataset::Dataset| {
+        train(data, budget, seed, prior.as_ref(), &never)
+    };
     simulate::simulate(history, simulation, forecaster, Some(&trainer), rows)
 }
 
