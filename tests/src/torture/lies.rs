@@ -30,8 +30,10 @@ const SURELY_QUEUED: Duration = Duration::from_millis(3);
 
 #[derive(Default)]
 struct Notes {
-    /// (start, end) in ticks of the readings since the last bump.
-    readings: Vec<(u64, u64)>,
+    /// (start, end) in ticks of the readings since the last bump, and what they said.
+    readings: Vec<(u64, u64, Reading)>,
+    /// The window is over: what is read now is the audit's.
+    closed: bool,
     /// When each epoch began.
     bumps: Vec<(Epoch, Instant)>,
     since: Option<Epoch>,
@@ -110,7 +112,7 @@ pub fn window(maps: &[&Witness]) -> Option<Window> {
     };
     for map in maps {
         let notes = map.notes();
-        let [.., (_, first), (second, _)] = notes.readings[..] else {
+        let [.., (_, first, _), (second, _, _)] = notes.readings[..] else {
             return None;
         };
         window.first = window.first.max(first);
@@ -140,6 +142,7 @@ impl ChangeMap for Witness {
         let epoch = self.map.bump()?;
         let mut notes = self.notes();
         notes.readings.clear();
+        notes.closed = false;
         notes.bumps.push((epoch, now));
         if self.lie == Lie::ScanFirst
             && let Some(since) = notes.since
@@ -163,7 +166,11 @@ impl ChangeMap for Witness {
         let start = self.history.tick();
         let mut reading = self.map.reading()?;
         let end = self.history.tick();
-        self.notes().readings.push((start, end));
+        let mut notes = self.notes();
+        if !notes.closed {
+            notes.readings.push((start, end, reading));
+        }
+        drop(notes);
         if self.lie == Lie::NothingInFlight {
             reading.completed = reading.queued;
         }
@@ -172,6 +179,10 @@ impl ChangeMap for Witness {
     fn changed_since(&self, since: Epoch) -> Result<Vec<ByteRange>, TrackError> {
         let fixed = {
             let mut notes = self.notes();
+            // Within a window the scan comes after its first reading; the audit's comes after the second,
+            // which is equal.
+            notes.closed |= matches!(notes.readings[..], [.., (_, _, first), (_, _, second)]
+                if first == second && first.nothing_in_flight());
             notes.since = Some(since);
             notes.fixed.take()
         };
