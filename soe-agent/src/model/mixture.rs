@@ -9,9 +9,13 @@ use super::blend::{Blend, BlendRules};
 use super::burst::BurstRule;
 use super::dataset::{Dataset, network_rows};
 use super::features::features;
+use super::foretold::Foretold;
 use super::onset::OnsetMixture;
+use super::onset_features::{LEAD, MATURES, onset_features};
 use super::series::{Known, LoadBin, Series, SeriesError, TimeScale};
-use super::weights::{ModelError, Predictor, Trained, TrainedInfo, predictor};
+use super::weights::{
+    ModelError, OnsetPredictor, Predictor, Trained, TrainedInfo, onset_predictor, predictor,
+};
 use super::{
     Forecaster, Promotion, Q10, Q90, QUANTILES, QuantileForecast, QuantileRow, SHORT_HORIZON,
     Serving, VolumeName,
@@ -45,6 +49,8 @@ impl MixtureConfig {
 
 /// Samples of the back-test by which a network is promoted.
 const BACKTEST_SAMPLES: usize = 2_000;
+/// Seasons of history below which the onset network has nothing to go by.
+const ONSET_SEASONS: f64 = 2.0;
 /// A new network replaces a serving one if its loss is at most this share of the old one's.
 const PROMOTION_RATIO: f64 = 0.995;
 
@@ -62,6 +68,7 @@ struct Volume {
     series: Series,
     blend: Blend,
     onset: OnsetMixture,
+    foretold: Foretold,
     pending: VecDeque<Pending>,
 }
 
@@ -72,6 +79,9 @@ pub struct Mixture {
     /// The network that ships, and the one trained here.
     prior: Option<Box<dyn Predictor>>,
     network: Option<(TrainedInfo, Box<dyn Predictor>)>,
+    /// The same for onsets.
+    prior_onset: Option<Box<dyn OnsetPredictor>>,
+    onset: Option<Box<dyn OnsetPredictor>>,
 }
 
 impl Mixture {
@@ -82,6 +92,8 @@ impl Mixture {
             volumes: BTreeMap::new(),
             prior: None,
             network: None,
+            prior_onset: None,
+            onset: None,
         }
     }
 
@@ -97,6 +109,7 @@ impl Mixture {
     /// [`ModelError`] if the network does not fit this build.
     pub fn restore(&mut self, trained: &Trained) -> Result<(), ModelError> {
         self.network = Some((trained.info.clone(), predictor(trained)?));
+        self.onset = onset_predictor(trained);
         for volume in self.volumes.values_mut() {
             volume.blend.network_changed();
         }
@@ -111,6 +124,7 @@ impl Mixture {
     /// As [`Mixture::restore`].
     pub fn set_prior(&mut self, prior: &Trained) -> Result<(), ModelError> {
         self.prior = Some(predictor(prior)?);
+        self.prior_onset = onset_predictor(prior);
         Ok(())
     }
 }
@@ -121,6 +135,7 @@ impl Volume {
             series: Series::new(config.scale, config.burst, config.keep_seasons),
             blend: Blend::new(config.scale, config.blend),
             onset: OnsetMixture::default(),
+            foretold: Foretold::default(),
             pending: VecDeque::new(),
         }
     }
@@ -175,6 +190,7 @@ impl Volume {
         &mut self,
         horizon: usize,
         networks: [(Member, Option<&dyn Predictor>); 2],
+        onset: Option<&dyn OnsetPredictor>,
     ) -> Option<QuantileForecast> {
         let known = self.series.known();
         let mut members: MemberRows = Default::default();
@@ -196,7 +212,8 @@ impl Volume {
             let tail = baselines::forecast(self.tail(known), known, horizon)?;
             rows.extend_from_slice(&tail[SHORT_HORIZON..]);
         }
-        let onset = self.onset.predict(known, horizon);
+        let onset = self.onsets(horizon, onset);
+        let known = self.series.known();
         let forecast = QuantileForecast {
             issued_at: known.issued_at(),
             bin: known.scale.bin(),
@@ -214,6 +231,31 @@ impl Volume {
             });
         }
         Some(forecast)
+    }
+
+    /// For each bin the probability that a burst begins in it: as the plain predictors spread it, so much
+    /// of it in the window of a label as the network says.
+    fn onsets(&mut self, horizon: usize, network: Option<&dyn OnsetPredictor>) -> Vec<f32> {
+        let known = self.series.known();
+        let plain = self.onset.predict(known, horizon.max(MATURES));
+        let quiet = known.back(1).is_some_and(|row| row.known && !row.burst);
+        let odds = network
+            .filter(|_| quiet && known.seasons() >= ONSET_SEASONS)
+            .and_then(|network| network.log_odds(&onset_features(known)));
+        let mut spread = plain;
+        if let Some(odds) = odds {
+            let within: f64 = spread[LEAD..MATURES].iter().map(|p| f64::from(*p)).sum();
+            let said = self
+                .foretold
+                .probability(known, f64::from(odds), within.min(1.0));
+            let even = (said / (MATURES - LEAD) as f64) as f32;
+            let factor = (within > 1e-6).then(|| (said / within) as f32);
+            for p in spread.iter_mut().take(MATURES) {
+                *p = factor.map_or(even, |factor| (*p * factor).min(1.0));
+            }
+        }
+        spread.truncate(horizon);
+        spread
     }
 
     /// Who forecasts the bins that no member is scored on: the climatology once it has more than a
@@ -253,7 +295,10 @@ impl Forecaster for Mixture {
                 self.network.as_ref().map(|(_, n)| n.as_ref()),
             ),
         ];
-        self.volumes.get_mut(volume)?.forecast(horizon, networks)
+        let onset = self.onset.as_deref().or(self.prior_onset.as_deref());
+        self.volumes
+            .get_mut(volume)?
+            .forecast(horizon, networks, onset)
     }
 
     fn serving(&self, volume: &VolumeName) -> Option<Serving> {
@@ -305,6 +350,7 @@ impl Forecaster for Mixture {
             return Ok(Promotion::Rejected { reason });
         }
         self.network = Some((trained.info.clone(), offered));
+        self.onset = onset_predictor(trained);
         for volume in self.volumes.values_mut() {
             volume.blend.network_changed();
         }

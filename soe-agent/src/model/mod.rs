@@ -33,8 +33,15 @@ pub mod dataset;
 
 pub mod weights;
 
+pub mod onset_features;
+
+pub mod foretold;
+
 #[cfg(feature = "model")]
 pub mod net;
+
+#[cfg(feature = "model")]
+pub mod onset_net;
 
 pub use baselines::Member;
 pub use series::{LoadBin, SeriesError, TimeScale};

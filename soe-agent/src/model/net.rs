@@ -23,6 +23,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::dataset::{Dataset, MAX_LOG, Samples, Target};
 use super::features::{FEATURE_VERSION, INPUTS, SMOOTHED_AT};
+use super::onset_net;
 use super::weights::{ModelError, OUTPUTS, Predictor, Shape, Trained, TrainedInfo};
 use super::{QUANTILES, SHORT_HORIZON};
 
@@ -33,7 +34,7 @@ const EPOCHS: usize = 4;
 /// The learning rate rises to the first over some steps, then falls to the second along half a cosine.
 const LEARNING_RATE: (f64, f64) = (2e-3, 4e-5);
 /// A network that was trained before is changed more gently.
-const GENTLY: f64 = 0.5;
+pub(super) const GENTLY: f64 = 0.5;
 const WARM_UP: usize = 200;
 /// Decay of the weights, per step and learning rate.
 const DECAY: f32 = 0.1;
@@ -80,7 +81,7 @@ impl Default for Budget {
 impl Budget {
     /// Sleeps until `spent` CPU time since `began` is no more than the cores allow, or until it is
     /// cancelled.
-    fn rest(&self, began: Instant, spent: Duration, cancel: &AtomicBool) {
+    pub(super) fn rest(&self, began: Instant, spent: Duration, cancel: &AtomicBool) {
         let Some(cores) = self.cores.filter(|cores| *cores > 0.0) else {
             return;
         };
@@ -96,7 +97,7 @@ impl Budget {
 }
 
 #[derive(Module, Debug)]
-struct Net {
+pub(super) struct Net {
     first: Linear,
     second: Linear,
     head: Linear,
@@ -104,10 +105,10 @@ struct Net {
 }
 
 impl Net {
-    fn new(shape: Shape, weights: &[f32], device: &Device) -> Self {
+    pub(super) fn new(shape: Shape, weights: &[f32], device: &Device) -> Self {
         let Shape {
             inputs,
-            hidden,
+            hidden: [first, second],
             outputs,
         } = shape;
         let mut rest = weights;
@@ -121,20 +122,20 @@ impl Net {
             bias: bias.then(|| Param::from_data(TensorData::new(take(o), [o]), device)),
         };
         Self {
-            first: layer(inputs, hidden, true),
-            second: layer(hidden, hidden, true),
-            head: layer(hidden, outputs, true),
+            first: layer(inputs, first, true),
+            second: layer(first, second, true),
+            head: layer(second, outputs, true),
             skip: layer(inputs, outputs, false),
         }
     }
 
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+    pub(super) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         let hidden = relu(self.first.forward(x.clone()));
         let hidden = relu(self.second.forward(hidden));
         self.head.forward(hidden) + self.skip.forward(x)
     }
 
-    fn weights(&self) -> Vec<f32> {
+    pub(super) fn weights(&self) -> Vec<f32> {
         let mut all = Vec::new();
         for layer in [&self.first, &self.second, &self.head, &self.skip] {
             all.extend(floats(layer.weight.val().into_data()));
@@ -146,7 +147,7 @@ impl Net {
     }
 }
 
-fn floats(data: TensorData) -> Vec<f32> {
+pub(super) fn floats(data: TensorData) -> Vec<f32> {
     // The network is made of f32 throughout, so the conversion has nothing to refuse.
     data.try_to_vec::<f32>().unwrap_or_default()
 }
@@ -184,21 +185,25 @@ impl Predictor for Network {
     }
 }
 
-/// Fresh weights: hidden layers uniform within the square root of six over the fan-in, the head next to
-/// nothing, biases zero, and a skip that hands the weighted mean's quantiles through.
-fn fresh_weights(shape: Shape, seed: u64) -> Vec<f32> {
-    let mut rng = StdRng::seed_from_u64(seed);
+/// Bounds of uniform first weights by part: hidden layers within the square root of six over the fan-in,
+/// the head within `head` of that over a hundred, biases and skip zero.
+pub(super) fn he_bounds(shape: Shape, head: f32) -> [f32; 7] {
     let bound = |fan_in: usize| (6.0 / fan_in as f32).sqrt();
-    let small = 0.01 * bound(shape.hidden);
-    let bounds = [
+    let [first, second] = shape.hidden;
+    [
         bound(shape.inputs),
         0.0,
-        bound(shape.hidden),
+        bound(first),
         0.0,
-        small,
+        0.01 * head * bound(second),
         0.0,
         0.0,
-    ];
+    ]
+}
+
+/// Weights drawn by `seed`, uniform within the bound of their part.
+pub(super) fn random_weights(shape: Shape, bounds: [f32; 7], seed: u64) -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(seed);
     let mut weights = Vec::with_capacity(shape.weights());
     for (n, bound) in shape.parts().into_iter().zip(bounds) {
         if bound == 0.0 {
@@ -207,15 +212,37 @@ fn fresh_weights(shape: Shape, seed: u64) -> Vec<f32> {
             weights.extend(uniform(&mut rng, n, bound));
         }
     }
+    weights
+}
+
+/// Random weights whose skip hands the weighted mean's quantiles through.
+fn fresh_weights(shape: Shape, seed: u64) -> Vec<f32> {
+    let mut weights = random_weights(shape, he_bounds(shape, 1.0), seed);
     let skip = weights.len() - shape.inputs * shape.outputs;
     for quantile in 0..shape.outputs {
-        if let Some(weight) =
-            weights.get_mut(skip + (SMOOTHED_AT + quantile) * shape.outputs + quantile)
-        {
+        let at = skip + (SMOOTHED_AT + quantile) * shape.outputs + quantile;
+        if let Some(weight) = weights.get_mut(at) {
             *weight = 1.0;
         }
     }
     weights
+}
+
+/// The optimiser of both networks.
+pub(super) fn optimizer() -> burn::optim::ModuleOptimizer {
+    AdamWConfig::new()
+        .with_weight_decay(DECAY)
+        .with_grad_clipping(Some(GradientClippingConfig::Norm(CLIP)))
+        .init()
+}
+
+/// The learning rate of a step.
+pub(super) fn rate_at(step: usize, steps: usize) -> f64 {
+    let progress = step as f64 / steps.max(1) as f64;
+    let warm = (step as f64 / WARM_UP.min(steps / 10).max(1) as f64).min(1.0);
+    let (high, low) = LEARNING_RATE;
+    let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos());
+    (low + (high - low) * cosine) * warm
 }
 
 /// A batch of targets as tensors of one column.
@@ -289,6 +316,7 @@ pub fn train(
         trained_until: split,
         data_to,
         score: f64::INFINITY,
+        onset_samples: None,
     };
     let mut run = Run::new(&samples, &weights, seed);
     let rate = if from.is_some() { GENTLY } else { 1.0 };
@@ -306,8 +334,9 @@ pub fn train(
             .max_cpu
             .map_or(0.0, |max| spent.as_secs_f64() / max.as_secs_f64().max(1e-9));
         let last = step == steps || progress >= 1.0;
-        let warm = (step as f64 / WARM_UP.min(steps / 10).max(1) as f64).min(1.0);
-        run.step(progress.max(step as f64 / steps as f64), rate * warm);
+        // Where CPU time is short, the rate falls with it.
+        let at = ((progress * steps as f64) as usize).max(step);
+        run.step(rate_at(at, steps) * rate);
         budget.rest(began, cpu_time().saturating_sub(started), cancel);
         if last || step % check_every == 0 {
             let candidate = run.weights();
@@ -317,6 +346,7 @@ pub fn train(
             let trained = Trained {
                 info: info.clone(),
                 weights: candidate,
+                onset: None,
             };
             let score = data.score(&Network::new(&trained)?, &validation);
             // Without validation samples the newest state is as good as any.
@@ -330,7 +360,26 @@ pub fn train(
             break;
         }
     }
-    Ok(Trained { info, weights })
+    let onset = onset_net::train(
+        data,
+        data.scale.index_of(split),
+        budget,
+        seed,
+        from.and_then(|trained| trained.onset.as_ref()),
+        cancel,
+    );
+    let onset = match onset {
+        Ok(onset) => Some(onset),
+        // Bursts are rare: a host may have seen too few of them.
+        Err(ModelError::TooLittle { .. }) => from.and_then(|trained| trained.onset.clone()),
+        Err(error) => return Err(error),
+    };
+    info.onset_samples = onset.as_ref().map(|onset| onset.samples);
+    Ok(Trained {
+        info,
+        weights,
+        onset,
+    })
 }
 
 /// A training under way.
@@ -351,16 +400,13 @@ impl<'a> Run<'a> {
             samples,
             batches: Batches::new(samples.len(), BATCH, seed ^ 0x5eed),
             levels: Tensor::from_data(TensorData::new(levels, [1, QUANTILES.len()]), &device),
-            optimizer: AdamWConfig::new()
-                .with_weight_decay(DECAY)
-                .with_grad_clipping(Some(GradientClippingConfig::Norm(CLIP)))
-                .init(),
+            optimizer: optimizer(),
             net: Some(Net::new(Shape::CURRENT, weights, &device)),
             device,
         }
     }
 
-    fn step(&mut self, progress: f64, rate: f64) {
+    fn step(&mut self, rate: f64) {
         let Some(net) = self.net.take() else { return };
         let rows = self.batches.next().to_vec();
         let n = rows.len();
@@ -386,9 +432,6 @@ impl<'a> Run<'a> {
         let forecast = net.forward(Tensor::from_data(x, &self.device));
         let loss = loss(forecast, targets, self.levels.clone());
         let gradients = GradientsParams::from_grads(loss.backward(), &net);
-        let (high, low) = LEARNING_RATE;
-        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos());
-        let rate = (low + (high - low) * cosine) * rate;
         self.net = Some(self.optimizer.step(rate, net, gradients));
     }
 
@@ -398,7 +441,7 @@ impl<'a> Run<'a> {
 }
 
 /// Shuffled batches of sample numbers, for ever; the same for the same seed.
-struct Batches {
+pub(super) struct Batches {
     order: Vec<usize>,
     at: usize,
     batch: usize,
@@ -406,7 +449,7 @@ struct Batches {
 }
 
 impl Batches {
-    fn new(samples: usize, batch: usize, seed: u64) -> Self {
+    pub(super) fn new(samples: usize, batch: usize, seed: u64) -> Self {
         Self {
             order: (0..samples).collect(),
             at: samples,
@@ -415,7 +458,7 @@ impl Batches {
         }
     }
 
-    fn next(&mut self) -> &[usize] {
+    pub(super) fn next(&mut self) -> &[usize] {
         if self.at + self.batch > self.order.len() {
             self.order.shuffle(&mut self.rng);
             self.at = 0;
@@ -431,7 +474,7 @@ fn uniform(rng: &mut StdRng, n: usize, bound: f32) -> Vec<f32> {
     (0..n).map(|_| rng.random_range(-bound..bound)).collect()
 }
 
-fn cpu_time() -> Duration {
+pub(super) fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(
         u64::try_from(time.tv_sec).unwrap_or(0),

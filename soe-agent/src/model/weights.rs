@@ -4,10 +4,11 @@
 //!
 //! ```text
 //! bytes 0..8    "SOEMODEL"
-//! bytes 8..12   format version, u32 little-endian (1)
+//! bytes 8..12   format version, u32 little-endian (2)
 //! bytes 12..16  length of the header, u32 little-endian
 //! header        JSON of [`TrainedInfo`]
 //! weights       f32 little-endian, in the order of [`Shape`]
+//! onset         if the header says so: mean and deviation of its inputs, its weights; f32 little-endian
 //! last 32       BLAKE3 of all bytes before
 //! ```
 //!
@@ -20,11 +21,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::features::{FEATURE_VERSION, INPUTS};
+use super::onset_features::ONSET_INPUTS;
 use super::{QUANTILES, TimeScale};
 use crate::seam::UnixNanos;
 
 const MAGIC: &[u8; 8] = b"SOEMODEL";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const CHECKSUM: usize = 32;
 /// A file larger than this is not read: networks are smaller by orders of magnitude.
 const MAX_FILE: u64 = 64 << 20;
@@ -90,8 +92,8 @@ pub enum ModelError {
 pub struct Shape {
     /// Inputs.
     pub inputs: usize,
-    /// Units of each hidden layer.
-    pub hidden: usize,
+    /// Units of the hidden layers.
+    pub hidden: [usize; 2],
     /// Outputs.
     pub outputs: usize,
 }
@@ -100,7 +102,7 @@ impl Shape {
     /// The shape of this build.
     pub const CURRENT: Shape = Shape {
         inputs: INPUTS,
-        hidden: 64,
+        hidden: [64, 64],
         outputs: OUTPUTS,
     };
 
@@ -108,16 +110,109 @@ impl Shape {
     pub fn parts(&self) -> [usize; 7] {
         let Shape {
             inputs: i,
-            hidden: h,
+            hidden: [g, h],
             outputs: o,
         } = *self;
-        [i * h, h, h * h, h, h * o, o, i * o]
+        [i * g, g, g * h, h, h * o, o, i * o]
     }
 
     /// The number of weights.
     pub fn weights(&self) -> usize {
         self.parts().iter().sum()
     }
+}
+
+/// The shape of the network that foretells onsets.
+pub const ONSET_SHAPE: Shape = Shape {
+    inputs: ONSET_INPUTS,
+    hidden: [64, 32],
+    outputs: 1,
+};
+
+/// A network that foretells the onset of bursts ([`super::onset_features`]).
+#[derive(Clone, Debug, PartialEq)]
+pub struct OnsetWeights {
+    /// Samples trained on.
+    pub samples: usize,
+    /// Mean of each input in training.
+    pub mean: Vec<f32>,
+    /// Its standard deviation, a little more than zero.
+    pub deviation: Vec<f32>,
+    /// The weights, as [`ONSET_SHAPE`] orders them.
+    pub weights: Vec<f32>,
+}
+
+impl OnsetWeights {
+    /// Inputs are cut off here, in standard deviations.
+    const MOST: f32 = 5.0;
+
+    /// Weights to begin with, for inputs spread as these samples are.
+    pub fn fresh(inputs: &[f32], weights: Vec<f32>) -> Self {
+        let n = (inputs.len() / ONSET_INPUTS).max(1) as f64;
+        let mut sums = vec![(0.0f64, 0.0f64); ONSET_INPUTS];
+        for row in inputs.chunks_exact(ONSET_INPUTS) {
+            for (sum, x) in sums.iter_mut().zip(row) {
+                sum.0 += f64::from(*x);
+                sum.1 += f64::from(*x).powi(2);
+            }
+        }
+        let mean = |(sum, _): &(f64, f64)| sum / n;
+        let deviation =
+            |s: &(f64, f64)| ((s.1 / n - mean(s).powi(2)).max(0.0).sqrt() + 1e-3) as f32;
+        Self {
+            samples: 0,
+            mean: sums.iter().map(|s| mean(s) as f32).collect(),
+            deviation: sums.iter().map(deviation).collect(),
+            weights,
+        }
+    }
+
+    /// The inputs of one sample on the network's scale.
+    pub fn standardised(&self, inputs: &[f32]) -> Vec<f32> {
+        inputs
+            .iter()
+            .zip(self.mean.iter().zip(&self.deviation))
+            .map(|(x, (mean, deviation))| ((x - mean) / deviation).clamp(-Self::MOST, Self::MOST))
+            .collect()
+    }
+
+    fn parts(&self) -> [&[f32]; 3] {
+        [&self.mean, &self.deviation, &self.weights]
+    }
+
+    /// How many numbers it is made of.
+    fn len() -> usize {
+        2 * ONSET_INPUTS + ONSET_SHAPE.weights()
+    }
+
+    fn from_numbers(samples: usize, numbers: &[f32]) -> Option<Self> {
+        let (mean, rest) = numbers.split_at_checked(ONSET_INPUTS)?;
+        let (deviation, weights) = rest.split_at_checked(ONSET_INPUTS)?;
+        let sound = numbers.iter().all(|n| n.is_finite()) && deviation.iter().all(|d| *d > 0.0);
+        (sound && weights.len() == ONSET_SHAPE.weights()).then(|| Self {
+            samples,
+            mean: mean.to_vec(),
+            deviation: deviation.to_vec(),
+            weights: weights.to_vec(),
+        })
+    }
+}
+
+/// Foretells the onset of bursts from the inputs of one sample.
+pub trait OnsetPredictor: Send {
+    /// The log odds for [`ONSET_INPUTS`] inputs; `None` if they are not finite.
+    fn log_odds(&self, inputs: &[f32]) -> Option<f32>;
+}
+
+/// Makes the onset network of a trained one ready; `None` if it has none.
+pub fn onset_predictor(trained: &Trained) -> Option<Box<dyn OnsetPredictor>> {
+    #[cfg(feature = "model")]
+    return trained.onset.as_ref().map(|onset| {
+        let network: Box<dyn OnsetPredictor> = Box::new(super::onset_net::OnsetNetwork::new(onset));
+        network
+    });
+    #[cfg(not(feature = "model"))]
+    None
 }
 
 /// How a network came about.
@@ -146,6 +241,9 @@ pub struct TrainedInfo {
     /// Pinball loss relative to the exponentially weighted mean, the geometric mean over volumes;
     /// below 1 is better.
     pub score: f64,
+    /// Samples on which the onset network was trained; `None` without one.
+    #[serde(default)]
+    pub onset_samples: Option<usize>,
 }
 
 /// A trained network.
@@ -155,6 +253,8 @@ pub struct Trained {
     pub info: TrainedInfo,
     /// The weights, as [`Shape`] orders them.
     pub weights: Vec<f32>,
+    /// The network that foretells onsets, where there was enough to learn it from.
+    pub onset: Option<OnsetWeights>,
 }
 
 /// The network that this build ships with: `cargo xtask train-prior` made it (docs/forecasting.md says from
@@ -225,8 +325,9 @@ impl Trained {
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&(header.len() as u32).to_le_bytes());
         bytes.extend_from_slice(&header);
-        for weight in &self.weights {
-            bytes.extend_from_slice(&weight.to_le_bytes());
+        let onset = self.onset.iter().flat_map(OnsetWeights::parts).flatten();
+        for number in self.weights.iter().chain(onset) {
+            bytes.extend_from_slice(&number.to_le_bytes());
         }
         let checksum = blake3::hash(&bytes);
         bytes.extend_from_slice(checksum.as_bytes());
@@ -270,8 +371,25 @@ impl Trained {
         if !remainder.is_empty() {
             return Err(corrupt("its weights are cut short"));
         }
-        let weights = floats.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        let trained = Self { info, weights };
+        let mut weights: Vec<f32> = floats.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let onset = match info.onset_samples {
+            None => None,
+            Some(samples) => {
+                let at = weights
+                    .len()
+                    .checked_sub(OnsetWeights::len())
+                    .ok_or_else(|| corrupt("its onset network is cut short"))?;
+                let numbers = weights.split_off(at);
+                let onset = OnsetWeights::from_numbers(samples, &numbers)
+                    .ok_or_else(|| corrupt("its onset network is not made of numbers"))?;
+                Some(onset)
+            }
+        };
+        let trained = Self {
+            info,
+            weights,
+            onset,
+        };
         trained.check()?;
         Ok(trained)
     }
@@ -347,10 +465,17 @@ mod tests {
                 trained_until: 80,
                 data_to: 100,
                 score: 0.9,
+                onset_samples: Some(5),
             },
             weights: (0..Shape::CURRENT.weights())
                 .map(|i| i as f32 * 0.25 - 3.0)
                 .collect(),
+            onset: Some(OnsetWeights {
+                samples: 5,
+                mean: vec![0.5; ONSET_INPUTS],
+                deviation: vec![2.0; ONSET_INPUTS],
+                weights: vec![0.25; ONSET_SHAPE.weights()],
+            }),
         }
     }
 

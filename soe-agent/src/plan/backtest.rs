@@ -14,6 +14,9 @@ use super::window::quietest;
 use crate::model::{Forecaster, QuantileForecast, TimeScale, VolumeName};
 use crate::seam::UnixNanos;
 
+/// Seasons before the first output wanted in which forecasts are made for the forecaster's own evidence.
+const WARM_UP_SEASONS: i64 = 10;
+
 /// How the forecaster is run along.
 #[derive(Clone, Copy)]
 pub struct Course<'a> {
@@ -44,6 +47,9 @@ fn replay(
     let first = volumes.iter().map(|v| range(v).0).min().unwrap_or(0);
     let end = volumes.iter().map(|v| range(v).1).max().unwrap_or(0);
     let mut train_at = course.from;
+    let warm = course
+        .from
+        .saturating_sub(nanos(scale.season()).saturating_mul(WARM_UP_SEASONS));
     for index in first..end {
         let now = scale.start_of(index + 1);
         let live = volumes.iter().filter(|v| {
@@ -63,7 +69,9 @@ fn replay(
                 let _ = forecaster.install(&trained);
             }
         }
-        let Some(horizon) = wanted(now) else { continue };
+        let Some(horizon) = wanted(now).filter(|_| now >= warm) else {
+            continue;
+        };
         for volume in live {
             if let Some(forecast) = forecaster.forecast(&volume.name, horizon)
                 && now >= course.from
