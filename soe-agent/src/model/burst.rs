@@ -120,6 +120,9 @@ impl BurstDetector {
                 onset: false,
             };
         };
+        // As it will be learnt: of a volume with few different loads the threshold often is one of them, and
+        // a rounding must not put the same load above it.
+        let load = f64::from(load as f32);
         let burst = load > threshold;
         let onset = burst && !self.in_burst && self.quiet_run >= self.rule.quiet_bins;
         self.in_burst = burst;
@@ -200,6 +203,13 @@ mod tests {
     }
 
     #[test]
+    fn a_load_that_is_the_threshold_is_no_burst() {
+        // Not exact in binary: as f32 it is a little less.
+        let mut d = detector(7);
+        assert!((0..200).all(|i| !d.push(Some(if i % 4 == 0 { 716.8 } else { 0.0 })).burst));
+    }
+
+    #[test]
     fn nothing_is_a_burst_before_enough_is_known() {
         let mut d = detector(7);
         assert!(!d.push(Some(1e12)).burst);
@@ -223,7 +233,7 @@ mod tests {
                     let expected = f64::from(quantile_of_sorted(&window, 0.95))
                         .max(2.0 * f64::from(quantile_of_sorted(&window, 0.5)));
                     prop_assert_eq!(mark.threshold, expected);
-                    prop_assert_eq!(mark.burst, *load > expected);
+                    prop_assert_eq!(mark.burst, f64::from(*load as f32) > expected);
                 }
             }
         }
