@@ -101,8 +101,7 @@ def wql(truth, forecast, target, known):
     return 2 / 3 * loss / np.maximum(np.abs(actual).sum(1), 1e-9)
 
 
-def load(truth, path):
-    table = pq.read_table(path)
+def load(truth, table):
     issued, start = seconds(table, "issued_at"), seconds(table, "target_start")
     names = np.array(table["volume"].to_pylist())
     values = np.stack([np.array(table[q].to_pylist()) / 1024 for q in ("q10", "q50", "q90")], -1)
@@ -165,8 +164,7 @@ def average_precision(positive, score):
     return float((np.diff(np.r_[0, recall]) * precision).sum())
 
 
-def burst(truth, path, lead, window):
-    table = pq.read_table(path)
+def burst(truth, table, lead, window):
     rows = np.searchsorted(truth.names, np.array(table["volume"].to_pylist()))
     t = truth.bin_of(seconds(table, "issued_at")) - 1  # the last known bin
     p = np.array(table["probability"].to_pylist())
@@ -193,8 +191,7 @@ def burst(truth, path, lead, window):
     }
 
 
-def windows(truth, path, interval, length):
-    table = pq.read_table(path)
+def windows(truth, table, interval, length):
     rows = np.searchsorted(truth.names, np.array(table["volume"].to_pylist()))
     start = truth.bin_of(seconds(table, "interval_start"))
     chosen = truth.bin_of(seconds(table, "window_start"))
@@ -221,23 +218,36 @@ def windows(truth, path, interval, length):
     }
 
 
+def merged(truth, paths):
+    """The rows of all files, of each volume those of its file only."""
+    parts = []
+    for nth, path in enumerate(paths):
+        table = pq.read_table(path)
+        mine = set(truth.names[nth :: len(paths)])
+        parts.append(table.filter(pa.array([name in mine for name in table["volume"].to_pylist()])))
+    return pa.concat_tables(parts)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("load", "bursts", "windows"))
     parser.add_argument("truth", help="Parquet: volume, ts (s), read_kbs, write_kbs")
-    parser.add_argument("raw", help="what soe backtest wrote")
+    parser.add_argument(
+        "raw", nargs="+", help="what soe backtest wrote; of n files, volume i is taken from the i %% n-th"
+    )
     parser.add_argument("--lead", type=int, default=1, help="bins")
     parser.add_argument("--window", type=int, default=6, help="bins")
     parser.add_argument("--interval", type=int, default=288, help="bins")
     parser.add_argument("--length", type=int, default=6, help="bins")
     args = parser.parse_args()
     truth = Truth(args.truth)
+    table = merged(truth, args.raw)
     if args.what == "load":
-        answer = load(truth, args.raw)
+        answer = load(truth, table)
     elif args.what == "bursts":
-        answer = burst(truth, args.raw, args.lead, args.window)
+        answer = burst(truth, table, args.lead, args.window)
     else:
-        answer = windows(truth, args.raw, args.interval, args.length)
+        answer = windows(truth, table, args.interval, args.length)
     print(json.dumps(answer))
 
 

@@ -41,6 +41,8 @@ enum Command {
     Vm(vm::Args),
     /// Measures on this machine and prints figures
     Bench(bench::Args),
+    /// Train the network that ships with SOE on a trace
+    TrainPrior(bench::forecast::TrainArgs),
     /// Checks the rules of the source tree: which room may name what, file sizes, unsafe code
     Tidy,
 }
@@ -53,6 +55,7 @@ fn main() {
         Command::Test(args) => test::command(&args),
         Command::Vm(args) => vm::command(&args),
         Command::Bench(args) => bench::command(&args),
+        Command::TrainPrior(args) => bench::forecast::train_prior(&args),
         Command::Tidy => tidy_command(),
     };
     match outcome {

@@ -3,6 +3,7 @@
 
 mod capture;
 mod figures;
+pub mod forecast;
 mod observe;
 mod stage;
 
@@ -21,6 +22,8 @@ enum What {
     /// How long captures hold writers, what share of them hold nobody, and what a differential costs,
     /// beside freezing and copying by hand
     Capture(capture::Args),
+    /// What forecasts, burst warnings and capture windows are worth on a trace
+    Forecast(forecast::Args),
 }
 
 /// Runs the command.
@@ -28,5 +31,6 @@ pub fn command(args: &Args) -> Result<i32> {
     match &args.what {
         What::Observe(args) => observe::command(args),
         What::Capture(args) => capture::command(args),
+        What::Forecast(args) => forecast::command(args),
     }
 }
