@@ -5,7 +5,7 @@
 //! forecast, so looking ahead is impossible by construction. The [`Mixture`](mixture::Mixture)
 //! keeps a [`Blend`](blend::Blend) per volume that weighs the members by their matured loss.
 //!
-//! Invariant: nothing outside this room names burn, and within it only `net.rs` does.
+//! Invariant: nothing outside this room names burn, and within it only `nn.rs` and the two networks do.
 
 use std::time::Duration;
 
@@ -36,6 +36,9 @@ pub mod weights;
 pub mod onset_features;
 
 pub mod foretold;
+
+#[cfg(feature = "model")]
+mod nn;
 
 #[cfg(feature = "model")]
 pub mod net;

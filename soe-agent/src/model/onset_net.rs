@@ -14,7 +14,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
 use super::dataset::Dataset;
-use super::net::{
+use super::nn::{
     Batches, Budget, GENTLY, Net, cpu_time, floats, he_bounds, optimizer, random_weights, rate_at,
 };
 use super::onset_features::{LEAD, MATURES, ONSET_INPUTS, onset_features};
