@@ -57,6 +57,9 @@ impl Default for Budget {
 }
 
 impl Budget {
+    /// What a training in the background of a host draws from its histories: a few ten MiB.
+    pub const BACKGROUND_SAMPLES: usize = 100_000;
+
     /// Sleeps until `spent` CPU time since `began` is no more than the cores allow, or until it is
     /// cancelled.
     pub(super) fn rest(&self, began: Instant, spent: Duration, cancel: &AtomicBool) {

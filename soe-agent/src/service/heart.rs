@@ -553,7 +553,7 @@ impl Agent {
         let dataset = lock(&self.mind).mixture.dataset();
         let began = self.clock.monotonic();
         let budget = Budget {
-            max_samples: 100_000,
+            max_samples: Budget::BACKGROUND_SAMPLES,
             cores: Some(self.config().limits.cpu),
             ..Budget::default()
         };

@@ -227,6 +227,7 @@ fn trainer(prior: Option<Trained>) -> Option<Box<Trainer<'static>>> {
     Some(Box::new(move |data| {
         let budget = Budget {
             max_cpu: None,
+            max_samples: Budget::BACKGROUND_SAMPLES,
             ..Budget::default()
         };
         let never = std::sync::atomic::AtomicBool::new(false);

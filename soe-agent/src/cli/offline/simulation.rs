@@ -62,6 +62,7 @@ fn run(
     // Only steps bound the training, so that the result does not depend on the machine.
     let budget = Budget {
         max_cpu: None,
+        max_samples: Budget::BACKGROUND_SAMPLES,
         ..Budget::default()
     };
     let never = std::sync::atomic::AtomicBool::new(false);
