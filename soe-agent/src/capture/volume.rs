@@ -240,6 +240,23 @@ impl<'a> Volume<'a> {
         sink: &dyn LayerSink,
         policy: &CapturePolicy,
     ) -> Result<(), CaptureError> {
+        match self.look_for_changes(number, cut, until, sink, policy) {
+            Err(CaptureError::Track(error)) => {
+                tracing::warn!(volume = self.name(), %error, "the audit of a cut was not finished");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn look_for_changes(
+        &self,
+        number: usize,
+        cut: &VolumeCut,
+        until: &DeadlinePace<'_>,
+        sink: &dyn LayerSink,
+        policy: &CapturePolicy,
+    ) -> Result<(), CaptureError> {
         let (map, unit) = (self.parts.map, self.unit);
         let count = audit::affordable(policy.audit_blocks, unit);
         let recent = map.changed_since(self.reference.epoch)?;

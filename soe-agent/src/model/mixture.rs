@@ -112,6 +112,7 @@ impl Mixture {
         self.onset = onset_predictor(trained);
         for volume in self.volumes.values_mut() {
             volume.blend.network_changed();
+            volume.foretold = Foretold::default();
         }
         Ok(())
     }
@@ -353,6 +354,7 @@ impl Forecaster for Mixture {
         self.onset = onset_predictor(trained);
         for volume in self.volumes.values_mut() {
             volume.blend.network_changed();
+            volume.foretold = Foretold::default();
         }
         Ok(Promotion::Promoted { reason })
     }

@@ -27,6 +27,7 @@ struct Told {
 pub(super) fn keep(agent: &Arc<Agent>) {
     let mut told = Told::default();
     let mut next = agent.clock.monotonic();
+    let soon = next + EVERY;
     while !agent.stopping() {
         let now = agent.clock.monotonic();
         if now < next {
@@ -36,7 +37,7 @@ pub(super) fn keep(agent: &Arc<Agent>) {
             continue;
         }
         // A volume that was created a moment ago is told soon.
-        let first = told.volumes.is_empty();
+        let first = told.volumes.is_empty() && now < soon;
         next = now + if first { Duration::from_secs(1) } else { EVERY };
         publish(agent, &mut told);
     }

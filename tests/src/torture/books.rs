@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use soe_agent::capture::CaptureError;
+use soe_agent::seam::GenerationEnd;
 
 use super::load::Target;
 use super::oracle::{Violation, Wrong};
@@ -75,6 +76,11 @@ impl Books {
             CaptureError::MissedBeforeFirstCut { .. } => "missed before the first cut",
             CaptureError::GenerationChanged { .. } => "generation changed",
             CaptureError::Sink { source } if source.to_string().contains("on purpose") => "refused",
+            // All is written through the block layer here: what the audit finds was a layer without it.
+            CaptureError::GenerationEnds {
+                volume,
+                reason: GenerationEnd::AuditFail,
+            } => panic!("a block of {volume} changed without a mark"),
             CaptureError::GenerationEnds { volume, .. } => {
                 rig.end_generation(rig.number_of(volume).expect("a volume of the group"));
                 "generation ended"
