@@ -371,7 +371,8 @@ impl<'a, 'p> Attempt<'a, 'p> {
         }))
     }
 
-    /// Reads some blocks again and ends the generation if one changed without a mark since `cut`.
+    /// Reads some blocks again and ends the generation if one changed without a mark since `cut`. Where
+    /// the map cannot be asked there is no verdict: what was cut is proven without it.
     pub(super) fn audit(
         &self,
         number: usize,
@@ -380,7 +381,13 @@ impl<'a, 'p> Attempt<'a, 'p> {
         sink: &dyn LayerSink,
     ) -> Result<(), CaptureError> {
         match self.volumes.get(number) {
-            Some(volume) => volume.audit(number, cut, until, sink, &self.policy),
+            Some(volume) => match volume.audit(number, cut, until, sink, &self.policy) {
+                Err(CaptureError::Track(error)) => {
+                    tracing::warn!(%error, "the audit of a cut was not finished");
+                    Ok(())
+                }
+                verdict => verdict,
+            },
             None => Ok(()),
         }
     }

@@ -230,26 +230,9 @@ impl<'a> Volume<'a> {
         self.check_marks(&misses, policy)
     }
 
-    /// See [`audit`]. `cut` is this volume's, whose blocks the sink has. Ends without a verdict at
-    /// `until`, and where a block cannot be read: what was cut is proven without it.
+    /// See [`audit`]. `cut` is this volume's, whose blocks the sink has. What is not read by `until`, or
+    /// cannot be read, is not judged.
     pub(super) fn audit(
-        &self,
-        number: usize,
-        cut: &VolumeCut,
-        until: &DeadlinePace<'_>,
-        sink: &dyn LayerSink,
-        policy: &CapturePolicy,
-    ) -> Result<(), CaptureError> {
-        match self.look_for_changes(number, cut, until, sink, policy) {
-            Err(CaptureError::Track(error)) => {
-                tracing::warn!(volume = self.name(), %error, "the audit of a cut was not finished");
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    fn look_for_changes(
         &self,
         number: usize,
         cut: &VolumeCut,

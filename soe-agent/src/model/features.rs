@@ -154,23 +154,11 @@ fn sorted(values: impl Iterator<Item = f32>) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::burst::BurstRule;
-    use crate::model::series::{LoadBin, Series, TimeScale};
+    use crate::model::series::{Series, support::series_of};
     use proptest::prelude::*;
-    use std::time::Duration;
 
     fn series(loads: &[Option<f64>]) -> Series {
-        let scale = TimeScale::new(Duration::from_secs(1), 24).unwrap();
-        let mut series = Series::new(scale, BurstRule::default(), 8);
-        for (i, load) in loads.iter().enumerate() {
-            let bin = load.map(|b| LoadBin {
-                read_bytes: b,
-                read_ops: 3.0,
-                ..LoadBin::default()
-            });
-            series.push(i as i64 * 1_000_000_000, bin).unwrap();
-        }
-        series
+        series_of(loads, 8)
     }
 
     #[test]

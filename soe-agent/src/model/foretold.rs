@@ -1,7 +1,7 @@
 //! What the onset network foretells for one volume, corrected by how it did there.
 //!
 //! One network serves all volumes, but how often bursts come differs: the log odds are shifted as each
-//! volume's outcomes teach. (Learning a slope as well did harm: outcomes of neighbouring bins are one.)
+//! volume's outcomes teach. (Learning a slope as well brought nothing.)
 //! Where the network loses twice what the plain predictors of [`super::onset`] lose, those serve.
 
 use std::collections::VecDeque;

@@ -116,9 +116,7 @@ impl Mixture {
         }
         Ok(())
     }
-}
 
-impl Mixture {
     /// Puts a network beside it that was trained elsewhere: the one that ships with this build.
     ///
     /// # Errors

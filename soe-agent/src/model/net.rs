@@ -135,6 +135,10 @@ pub fn train(
     }
     let validation = data.validation_origins(split, VALIDATION_SAMPLES);
     let samples = data.samples(&origins);
+    // An origin may be followed by bins of which nothing is known.
+    if samples.len() < MIN_SAMPLES {
+        return Err(too_little(samples.len()));
+    }
     let mut weights = match from {
         Some(trained) => {
             trained.check()?;
@@ -208,8 +212,11 @@ pub fn train(
     );
     let onset = match onset {
         Ok(onset) => Some(onset),
-        // Bursts are rare: a host may have seen too few of them.
-        Err(ModelError::TooLittle { .. }) => from.and_then(|trained| trained.onset.clone()),
+        // Bursts are rare: a host may have seen too few of them. Whatever it is, the network of the load
+        // stands without this one.
+        Err(ModelError::TooLittle { .. } | ModelError::Diverged { .. }) => {
+            from.and_then(|trained| trained.onset.clone())
+        }
         Err(error) => return Err(error),
     };
     info.onset_samples = onset.as_ref().map(|onset| onset.samples);

@@ -276,22 +276,11 @@ fn level(known: Known<'_>, past: &Past<'_>, x: &mut Vec<f32>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::burst::BurstRule;
-    use crate::model::series::{LoadBin, Series, TimeScale};
+    use crate::model::series::{Series, support::series_of};
     use proptest::prelude::*;
-    use std::time::Duration;
 
     fn series(loads: &[Option<f64>]) -> Series {
-        let scale = TimeScale::new(Duration::from_secs(1), 24).unwrap();
-        let mut series = Series::new(scale, BurstRule::default(), 30);
-        for (i, load) in loads.iter().enumerate() {
-            let bin = load.map(|b| LoadBin {
-                read_bytes: b,
-                ..LoadBin::default()
-            });
-            series.push(i as i64 * 1_000_000_000, bin).unwrap();
-        }
-        series
+        series_of(loads, 30)
     }
 
     #[test]

@@ -407,6 +407,25 @@ pub fn quantile_of_sorted(sorted: &[f32], level: f64) -> f32 {
 }
 
 #[cfg(test)]
+pub(super) mod support {
+    use super::*;
+
+    /// A series of one-second bins and seasons of 24, with these loads in bytes.
+    pub(in crate::model) fn series_of(loads: &[Option<f64>], keep_seasons: usize) -> Series {
+        let scale = TimeScale::new(Duration::from_secs(1), 24).unwrap();
+        let mut series = Series::new(scale, BurstRule::default(), keep_seasons);
+        for (i, load) in loads.iter().enumerate() {
+            let bin = load.map(|bytes| LoadBin {
+                read_bytes: bytes,
+                ..LoadBin::default()
+            });
+            series.push(i as i64 * 1_000_000_000, bin).unwrap();
+        }
+        series
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

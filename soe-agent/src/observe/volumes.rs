@@ -198,11 +198,7 @@ impl Disk {
     /// mapped, and zoned disks, whose zones are reset by commands without a range.
     fn refuse_writes_without_bios(&self) -> io::Result<()> {
         let queue = |file: &str| text(&self.sys.join("queue").join(file)).unwrap_or_default();
-        let why = if queue("dax") == "1" {
-            "offers DAX: programs may write to it past the block layer"
-        } else if !matches!(queue("zoned").as_str(), "" | "none") {
-            "is zoned: resets of zones do not say what they change"
-        } else {
+        let Some(why) = writes_without_bios(&queue("dax"), &queue("zoned")) else {
             return Ok(());
         };
         Err(io::Error::new(
@@ -501,6 +497,17 @@ fn device_id(disk: &Disk, sys: &Path, partition: bool) -> String {
     }
 }
 
+/// Why changes of a disk can go without a bio that says where, by its `queue/dax` and `queue/zoned`.
+fn writes_without_bios(dax: &str, zoned: &str) -> Option<&'static str> {
+    if dax == "1" {
+        Some("offers DAX: programs may write to it past the block layer")
+    } else if !matches!(zoned, "" | "none") {
+        Some("is zoned: resets of zones do not say what they change")
+    } else {
+        None
+    }
+}
+
 /// What kind of disk a kernel name stands for.
 pub fn kind(name: &str) -> &'static str {
     match name.trim_end_matches(|c: char| c.is_ascii_digit()) {
@@ -606,6 +613,16 @@ pub fn mount_points(volume: &Volume) -> Vec<Mount> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_that_can_change_without_a_bio_are_told_apart() {
+        assert_eq!(writes_without_bios("0", "none"), None);
+        assert_eq!(writes_without_bios("", ""), None);
+        assert!(writes_without_bios("1", "none").is_some_and(|why| why.contains("DAX")));
+        for zoned in ["host-managed", "host-aware"] {
+            assert!(writes_without_bios("0", zoned).is_some_and(|why| why.contains("zone")));
+        }
+    }
 
     #[test]
     fn mountinfo_lines_parse_with_escapes_and_optional_fields() {

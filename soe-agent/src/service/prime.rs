@@ -8,7 +8,8 @@ use crate::seam::Clock;
 use crate::window::{RegionHeatRow, floor_to};
 
 impl Agent {
-    /// Feeds the forecasters with the history of before, as far back as they remember.
+    /// Feeds the forecasters with the history of before. Eight seasons, because the start waits for it:
+    /// what reaches further back (clock times of four weeks) fills again as time goes on.
     pub(super) fn prime(&self) {
         let names: Vec<String> = lock(&self.entries).keys().cloned().collect();
         if names.is_empty() {

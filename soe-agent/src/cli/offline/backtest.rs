@@ -240,7 +240,7 @@ fn trainer(_: Option<Trained>) -> Option<Box<Trainer<'static>>> {
     None
 }
 
-/// What `soe model prior` is asked for.
+/// What `soe backtest prior` is asked for.
 pub(in crate::cli) struct PriorRequest {
     /// The history's folder.
     pub(in crate::cli) history: PathBuf,
