@@ -2,7 +2,7 @@
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::seq::SliceRandom;
+use rand::seq::index::sample;
 
 use super::baselines::{self, Member, pinball};
 use super::features::{INPUTS, Normal, SMOOTHED_AT, features};
@@ -114,21 +114,56 @@ impl Dataset {
 
     /// At most `max` origins whose targets lie wholly before `split`, drawn by `seed`.
     pub fn training_origins(&self, split: UnixNanos, max: usize, seed: u64) -> Vec<Origin> {
-        let mut origins = self.origins(|first_target, end| {
-            let _ = first_target;
-            end <= self.scale.index_of(split)
+        let split = self.scale.index_of(split);
+        let mut drawn = self.drawn(max, seed, |series| {
+            let before = usize::try_from(split - series.known().first).unwrap_or(0);
+            let last = before.min(series.len()).saturating_sub(SHORT_HORIZON);
+            self.scale.season_bins()..=last
         });
+        drawn.retain(|origin| self.asked(*origin));
+        drawn
+    }
+
+    /// At most `max` places, drawn by `seed` from those that `range` allows, in the order drawn. `range` is
+    /// given a series and says the fewest and the most bins known there. Takes memory for what is drawn
+    /// only, however much there is to draw from.
+    pub(super) fn drawn(
+        &self,
+        max: usize,
+        seed: u64,
+        range: impl Fn(&Series) -> std::ops::RangeInclusive<usize>,
+    ) -> Vec<Origin> {
+        let mut total = 0;
+        let ends: Vec<(usize, usize)> = self
+            .series
+            .iter()
+            .map(|(_, series)| {
+                let range = range(series);
+                total += (range.end() + 1).saturating_sub(*range.start());
+                (total, *range.end())
+            })
+            .collect();
         let mut rng = StdRng::seed_from_u64(seed);
-        origins.shuffle(&mut rng);
-        origins.truncate(max);
-        origins
+        sample(&mut rng, total, max.min(total))
+            .into_iter()
+            .map(|place| {
+                let series = ends.partition_point(|(end, _)| *end <= place);
+                let (end, last) = ends[series];
+                let bins = last + 1 + place - end;
+                Origin { series, bins }
+            })
+            .collect()
     }
 
     /// At most `max` origins whose targets lie wholly after `split`, evenly spaced.
     pub fn validation_origins(&self, split: UnixNanos, max: usize) -> Vec<Origin> {
-        let origins = self.origins(|first_target, _| first_target >= self.scale.index_of(split));
-        let stride = origins.len().div_ceil(max.max(1)).max(1);
-        origins.into_iter().step_by(stride).collect()
+        let split = self.scale.index_of(split);
+        let origins = || self.origins().filter(|(start, _)| *start >= split);
+        let stride = origins().count().div_ceil(max.max(1)).max(1);
+        origins()
+            .step_by(stride)
+            .map(|(_, origin)| origin)
+            .collect()
     }
 
     /// The inputs and targets of `origins`.
@@ -188,22 +223,20 @@ impl Dataset {
         (!ratios.is_empty()).then(|| (ratios.iter().sum::<f64>() / ratios.len() as f64).exp())
     }
 
-    fn origins(&self, take: impl Fn(i64, i64) -> bool) -> Vec<Origin> {
-        let mut origins = Vec::new();
-        for (index, (_, series)) in self.series.iter().enumerate() {
-            let known = series.known();
-            let last = known.rows.len().saturating_sub(SHORT_HORIZON);
-            for bins in self.scale.season_bins()..=last {
-                let start = known.first + bins as i64;
-                if take(start, start + SHORT_HORIZON as i64) && known.rows[bins - 1].known {
-                    origins.push(Origin {
-                        series: index,
-                        bins,
-                    });
-                }
-            }
-        }
-        origins
+    /// Whether a forecast would be made there: nothing is asked of a volume while it is not measured.
+    fn asked(&self, origin: Origin) -> bool {
+        let rows = self.series[origin.series].1.known().rows;
+        rows[origin.bins - 1].known
+    }
+
+    /// All origins, with the number of the first bin of their targets.
+    fn origins(&self) -> impl Iterator<Item = (i64, Origin)> + '_ {
+        self.series.iter().enumerate().flat_map(|(series, (_, s))| {
+            let last = s.len().saturating_sub(SHORT_HORIZON);
+            (self.scale.season_bins()..=last)
+                .map(move |bins| (s.known().first + bins as i64, Origin { series, bins }))
+                .filter(|(_, origin)| self.asked(*origin))
+        })
     }
 }
 

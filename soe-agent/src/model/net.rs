@@ -25,7 +25,7 @@ use super::weights::{ModelError, OUTPUTS, Predictor, Shape, Trained, TrainedInfo
 use super::{QUANTILES, SHORT_HORIZON};
 
 /// Samples in a batch.
-const BATCH: usize = 256;
+pub const BATCH: usize = 256;
 /// How often a training looks at every sample, if its steps allow.
 const EPOCHS: usize = 4;
 /// What the loss on the log scale weighs beside that in bytes.

@@ -9,11 +9,8 @@ use std::time::Instant;
 use burn::optim::GradientsParams;
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Tensor, TensorData};
-use rand::SeedableRng;
-use rand::rngs::StdRng;
-use rand::seq::SliceRandom;
 
-use super::dataset::Dataset;
+use super::dataset::{Dataset, Origin};
 use super::nn::{
     Batches, Budget, GENTLY, Net, cpu_time, floats, he_bounds, optimizer, random_weights, rate_at,
 };
@@ -90,39 +87,34 @@ pub(super) fn train(
     cancel: &AtomicBool,
 ) -> Result<OnsetWeights, ModelError> {
     let (began, started) = (Instant::now(), cpu_time());
-    let mut samples = Vec::new();
-    for (number, (_, series)) in data.series.iter().enumerate() {
-        let first = series.known().first;
-        let season = data.scale.season_bins();
-        // Of a short history the later half: inputs that reach back for days say little before.
-        let behind = (series.len() / season / 2).clamp(SEASONS.1, SEASONS.0);
-        for bins in behind * season..series.len() {
-            if first + (bins + MATURES) as i64 > split {
-                break;
-            }
-            if let Some(happens) = label(series, bins) {
-                samples.push((number, bins, happens));
-            }
-        }
-    }
-    let mut rng = StdRng::seed_from_u64(seed);
-    samples.shuffle(&mut rng);
-    samples.truncate(budget.max_samples);
-    if samples.len() < MIN_SAMPLES || !samples.iter().any(|(_, _, happens)| *happens) {
+    let season = data.scale.season_bins();
+    let samples: Vec<(Origin, bool)> = data
+        .drawn(budget.max_samples, seed, |series| {
+            // Of a short history the later half: inputs that reach back for days say little before.
+            let behind = (series.len() / season / 2).clamp(SEASONS.1, SEASONS.0);
+            let before = usize::try_from(split - series.known().first).unwrap_or(0);
+            behind * season..=before.min(series.len()).saturating_sub(MATURES)
+        })
+        .into_iter()
+        .filter_map(|o| Some((o, label(&data.series[o.series].1, o.bins)?)))
+        .collect();
+    if samples.len() < MIN_SAMPLES || !samples.iter().any(|(_, happens)| *happens) {
         return Err(ModelError::TooLittle {
             samples: samples.len(),
             needed: MIN_SAMPLES,
         });
     }
     let mut inputs = Vec::with_capacity(samples.len() * ONSET_INPUTS);
-    for (nth, (number, bins, _)) in samples.iter().enumerate() {
+    for (nth, (origin, _)) in samples.iter().enumerate() {
         if nth % 1024 == 0 {
             if cancel.load(Ordering::Relaxed) {
                 return Err(ModelError::Cancelled { steps: 0 });
             }
             budget.rest(began, cpu_time().saturating_sub(started), cancel);
         }
-        inputs.extend(onset_features(data.series[*number].1.until(*bins)));
+        inputs.extend(onset_features(
+            data.series[origin.series].1.until(origin.bins),
+        ));
     }
     let mut weights = match from {
         Some(weights) => weights.clone(),
@@ -149,7 +141,7 @@ pub(super) fn train(
         let mut y = Vec::with_capacity(n);
         for row in rows {
             x.extend_from_slice(&inputs[row * ONSET_INPUTS..(row + 1) * ONSET_INPUTS]);
-            y.push(f32::from(u8::from(samples[*row].2)));
+            y.push(f32::from(u8::from(samples[*row].1)));
         }
         let x = Tensor::<2>::from_data(TensorData::new(x, [n, ONSET_INPUTS]), &device);
         let y = Tensor::<2>::from_data(TensorData::new(y, [n, 1]), &device);

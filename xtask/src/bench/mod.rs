@@ -5,6 +5,7 @@ mod capture;
 mod figures;
 pub mod forecast;
 mod observe;
+mod scale;
 mod stage;
 
 use anyhow::Result;
@@ -24,6 +25,8 @@ enum What {
     Capture(capture::Args),
     /// What forecasts, burst warnings and capture windows are worth on a trace
     Forecast(forecast::Args),
+    /// What forecasting for a host of many volumes takes of one core, and in memory
+    Scale(scale::Args),
 }
 
 /// Runs the command.
@@ -32,5 +35,6 @@ pub fn command(args: &Args) -> Result<i32> {
         What::Observe(args) => observe::command(args),
         What::Capture(args) => capture::command(args),
         What::Forecast(args) => forecast::command(args),
+        What::Scale(args) => scale::command(args),
     }
 }
