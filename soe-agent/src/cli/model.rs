@@ -77,6 +77,27 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
                 ),
             );
         }
+        for effect in &r.effects {
+            let subject = effect.subject.as_deref().map(|s| format!(" of {s}"));
+            let believed = if effect.believed {
+                ""
+            } else {
+                ", not believed"
+            };
+            table.pair(
+                "event",
+                format!(
+                    "{}{}: load times {:.2} {} s after it, a burst follows with probability {:.2} \
+                     ({:.1} events{believed})",
+                    effect.kind,
+                    subject.unwrap_or_default(),
+                    effect.factor,
+                    effect.after_s,
+                    effect.burst_probability,
+                    effect.events
+                ),
+            );
+        }
         table
     })
 }

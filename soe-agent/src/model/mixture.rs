@@ -8,6 +8,7 @@ use super::baselines::{self, Member, pinball_levels};
 use super::blend::{Blend, BlendRules};
 use super::burst::BurstRule;
 use super::dataset::{Dataset, network_rows};
+use super::events::{Events, Happening, KnownEffect, Moved};
 use super::features::features;
 use super::foretold::Foretold;
 use super::onset::OnsetMixture;
@@ -60,7 +61,9 @@ type MemberRows = [Option<Vec<QuantileRow>>; MEMBERS];
 struct Pending {
     origin: i64,
     rows: MemberRows,
-    /// What was served of them.
+    /// The blend of them, how events would have moved it, and what was served.
+    blended: Vec<QuantileRow>,
+    moved: Vec<Moved>,
     served: Vec<QuantileRow>,
 }
 
@@ -69,6 +72,7 @@ struct Volume {
     blend: Blend,
     onset: OnsetMixture,
     foretold: Foretold,
+    events: Events,
     pending: VecDeque<Pending>,
 }
 
@@ -95,6 +99,14 @@ impl Mixture {
             prior_onset: None,
             onset: None,
         }
+    }
+
+    /// What events do to `volume`, as far as it has been learnt.
+    pub fn effects(&self, volume: &VolumeName) -> Vec<KnownEffect> {
+        self.volumes
+            .get(volume)
+            .map(|v| v.events.known_effects())
+            .unwrap_or_default()
     }
 
     /// How the serving network came about; `None` without one.
@@ -135,6 +147,7 @@ impl Volume {
             blend: Blend::new(config.scale, config.blend),
             onset: OnsetMixture::default(),
             foretold: Foretold::default(),
+            events: Events::default(),
             pending: VecDeque::new(),
         }
     }
@@ -162,6 +175,8 @@ impl Volume {
                     sum.1 += 1;
                 }
             }
+            self.events
+                .score(&pending.moved, &pending.blended, lead, row.load);
             if let Some(served) = pending.served.get(lead) {
                 below += usize::from(row.load < served[Q10]);
                 above += usize::from(row.load > served[Q90]);
@@ -203,14 +218,17 @@ impl Volume {
                     network.and_then(|network| network_rows(network, &inputs, normal));
             }
         }
-        let served = self.blend.serve(known.seasons(), &members)?;
+        let blended = self.blend.serve(known.seasons(), &members)?;
         let member = self.blend.serving();
-        let mut rows = served.clone();
-        rows.truncate(horizon);
+        let mut rows = blended.clone();
         if horizon > SHORT_HORIZON {
             let tail = baselines::forecast(self.tail(known), known, horizon)?;
             rows.extend_from_slice(&tail[SHORT_HORIZON..]);
         }
+        let moved = self.events.move_rows(known, &mut rows);
+        let mut served = rows.clone();
+        served.truncate(SHORT_HORIZON);
+        rows.truncate(horizon);
         let onset = self.onsets(horizon, onset);
         let known = self.series.known();
         let forecast = QuantileForecast {
@@ -226,6 +244,8 @@ impl Volume {
             self.pending.push_back(Pending {
                 origin,
                 rows: members,
+                blended,
+                moved,
                 served,
             });
         }
@@ -253,6 +273,7 @@ impl Volume {
                 *p = factor.map_or(even, |factor| (*p * factor).min(1.0));
             }
         }
+        self.events.raise_onsets(known, &mut spread);
         spread.truncate(horizon);
         spread
     }
@@ -283,7 +304,14 @@ impl Forecaster for Mixture {
             .or_insert_with(|| Volume::new(&config));
         volume.series.push(start, load)?;
         volume.mature();
+        volume.events.learn(&volume.series);
         Ok(())
+    }
+
+    fn happening(&mut self, volume: &VolumeName, event: &Happening) {
+        if let Some(volume) = self.volumes.get_mut(volume) {
+            volume.events.take(event, &volume.series);
+        }
     }
 
     fn forecast(&mut self, volume: &VolumeName, horizon: usize) -> Option<QuantileForecast> {

@@ -27,6 +27,8 @@ pub mod baselines;
 
 pub mod blend;
 
+pub mod events;
+
 pub mod mixture;
 
 pub mod dataset;
@@ -47,6 +49,7 @@ pub mod net;
 pub mod onset_net;
 
 pub use baselines::Member;
+pub use events::Happening;
 pub use series::{LoadBin, SeriesError, TimeScale};
 pub use weights::Trained;
 
@@ -186,6 +189,9 @@ pub trait Forecaster: Send {
         start: UnixNanos,
         load: Option<LoadBin>,
     ) -> Result<(), SeriesError>;
+
+    /// Takes an event that concerns `volume`; one that concerns a volume never observed is forgotten.
+    fn happening(&mut self, volume: &VolumeName, event: &Happening);
 
     /// Forecasts `horizon` bins after the last known bin; `None` for a volume never observed.
     fn forecast(&mut self, volume: &VolumeName, horizon: usize) -> Option<QuantileForecast>;

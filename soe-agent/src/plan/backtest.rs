@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use super::simulate::{Trainer, VolumeHistory};
-use super::types::nanos;
+use super::types::{ExternalEvent, nanos};
 use super::window::quietest;
 use crate::model::{Forecaster, QuantileForecast, TimeScale, VolumeName};
 use crate::seam::UnixNanos;
@@ -28,6 +28,8 @@ pub struct Course<'a> {
     pub trainer: Option<&'a Trainer<'a>>,
     /// Time between two trainings; the first is at `from`.
     pub train_every: Duration,
+    /// Events from outside with the time they arrived, ascending.
+    pub events: &'a [(UnixNanos, ExternalEvent)],
 }
 
 /// Asks `wanted` at the end of every bin and for every volume whose history has begun and not ended;
@@ -47,6 +49,7 @@ fn replay(
     let first = volumes.iter().map(|v| range(v).0).min().unwrap_or(0);
     let end = volumes.iter().map(|v| range(v).1).max().unwrap_or(0);
     let mut train_at = course.from;
+    let mut events = course.events.iter().peekable();
     let warm = course
         .from
         .saturating_sub(nanos(scale.season()).saturating_mul(WARM_UP_SEASONS));
@@ -61,6 +64,12 @@ fn replay(
             let load = volume.bins.get(at).copied().flatten();
             // A value that is no load is left out, as in the agent.
             let _ = forecaster.observe(&volume.name, scale.start_of(index), load);
+        }
+        while let Some((_, event)) = events.next_if(|(arrived, _)| *arrived <= now) {
+            let happening = event.happening();
+            for volume in volumes.iter().filter(|v| happening.concerns(&v.name)) {
+                forecaster.happening(&volume.name, &happening);
+            }
         }
         if let Some(trainer) = course.trainer.filter(|_| now >= train_at) {
             train_at = now.saturating_add(nanos(course.train_every).max(1));

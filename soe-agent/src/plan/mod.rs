@@ -27,6 +27,6 @@ pub mod summary;
 
 pub use brain::{Brain, Predicted};
 pub use types::{
-    Action, CaptureHints, CaptureKind, Command, Criticality, Decision, Event, GroupName, GroupSpec,
-    PlannerConfig, StagingConfig,
+    Action, CaptureHints, CaptureKind, Command, Criticality, Decision, Event, ExternalEvent,
+    GroupName, GroupSpec, PlannerConfig, StagingConfig,
 };

@@ -228,6 +228,7 @@ impl Run<'_> {
                     .filter(|(arrived, _)| *arrived <= at)
                 {
                     next_event += 1;
+                    self.happening(event);
                     self.apply(Event::EventReceived(event.clone()), at);
                 }
                 self.report_due(at);
@@ -268,6 +269,14 @@ impl Run<'_> {
                 load,
             };
             self.apply(event, now);
+        }
+    }
+
+    fn happening(&mut self, event: &ExternalEvent) {
+        let happening = event.happening();
+        let volumes = self.history.volumes.iter().map(|v| &v.name);
+        for volume in volumes.filter(|name| happening.concerns(name)) {
+            self.forecaster.happening(volume, &happening);
         }
     }
 

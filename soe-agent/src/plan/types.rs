@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::burst::BurstRule;
 use crate::model::name::Name;
-use crate::model::{LoadBin, QuantileForecast, TimeScale, VolumeName};
+use crate::model::{Happening, LoadBin, QuantileForecast, TimeScale, VolumeName};
 use crate::seam::UnixNanos;
 use crate::window::EventRow;
 
@@ -111,10 +111,26 @@ pub struct ExternalEvent {
     pub id: String,
     /// Its type, such as `com.example.deployment`.
     pub kind: String,
+    /// What it is about.
+    pub subject: Option<String>,
+    /// When it happened.
+    pub at: UnixNanos,
     /// The volumes it is about; empty for all.
     pub volumes: Vec<VolumeName>,
     /// When a burst is announced by it, if it announces one.
     pub burst_expected_at: Option<UnixNanos>,
+}
+
+impl ExternalEvent {
+    /// What of it concerns forecasts.
+    pub fn happening(&self) -> Happening {
+        Happening {
+            kind: self.kind.clone(),
+            subject: self.subject.clone(),
+            volumes: self.volumes.clone(),
+            at: self.burst_expected_at.unwrap_or(self.at),
+        }
+    }
 }
 
 impl From<EventRow> for ExternalEvent {
@@ -122,6 +138,8 @@ impl From<EventRow> for ExternalEvent {
         Self {
             id: row.id,
             kind: row.kind,
+            subject: row.subject,
+            at: row.ts,
             volumes: row.volumes.iter().map(|v| VolumeName::from(&**v)).collect(),
             burst_expected_at: row.expected,
         }

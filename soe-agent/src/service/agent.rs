@@ -229,7 +229,6 @@ impl Agent {
             .set([], agent.clock.now() as f64 / 1e9);
         agent.adopt_groups();
         agent.prime();
-        agent.recall_announcements();
         agent.ready.store(true, Ordering::SeqCst);
         Ok(agent)
     }

@@ -388,6 +388,25 @@ impl Agent {
             training_samples: network.map_or(0, |n| n.samples as u64),
             seed: network.map(|n| n.seed),
             parameters: network.map(|n| n.shape.weights() as u64),
+            effects: volume
+                .as_ref()
+                .map(|volume| mind.mixture.effects(&VolumeName::from(volume.as_str())))
+                .unwrap_or_default()
+                .into_iter()
+                .map(|effect| EventEffect {
+                    kind: effect.kind,
+                    subject: effect.subject,
+                    events: effect.events,
+                    factor: effect.factor,
+                    after_s: self
+                        .scale
+                        .bin()
+                        .as_secs()
+                        .saturating_mul(effect.after_bins as u64),
+                    burst_probability: effect.burst_probability,
+                    believed: effect.believed,
+                })
+                .collect(),
             volume,
         })
     }

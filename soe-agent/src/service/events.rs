@@ -9,8 +9,9 @@ use super::engine::service_error;
 use crate::api::engine::EngineError;
 use crate::api::types::{Event, EventQuery, WatchEvent};
 use crate::history::{HistoryReader, Query};
+use crate::model::{Forecaster, VolumeName};
 use crate::plan;
-use crate::seam::Clock;
+use crate::seam::{Clock, UnixNanos};
 use crate::window::EventRow;
 
 /// How far back an event without a time of its own is looked for, in ns: a day of retries.
@@ -50,7 +51,9 @@ impl Agent {
             .map_err(|e| service_error(e.into()))?;
         // An event is acknowledged only when it would survive a crash.
         self.history.flush().map_err(|e| service_error(e.into()))?;
-        self.apply(plan::Event::EventReceived(row.into()));
+        let event_of_plan = plan::ExternalEvent::from(row);
+        self.foretell(&event_of_plan);
+        self.apply(plan::Event::EventReceived(event_of_plan));
         self.tell(WatchEvent::Published {
             published: Box::new(event),
         });
@@ -83,24 +86,43 @@ impl Agent {
         Ok(events.split_off(skip))
     }
 
-    /// Tells the brain again of what was announced before a restart and is still to come.
-    pub(super) fn recall_announcements(&self) {
+    /// Tells the forecasters of the volumes an event concerns.
+    fn foretell(&self, event: &plan::ExternalEvent) {
+        let happening = event.happening();
+        let names = self.all_entries();
+        let names = names
+            .iter()
+            .map(|entry| VolumeName::from(entry.name.as_str()));
+        let mut mind = lock(&self.mind);
+        for name in names.filter(|name| happening.concerns(name)) {
+            mind.mixture.happening(&name, &happening);
+        }
+    }
+
+    /// The events of before that matter after a restart, by their arrival: those not older than `since`, and
+    /// those that announce something that is still to come.
+    pub(super) fn known_events(&self, since: UnixNanos) -> Vec<(UnixNanos, plan::ExternalEvent)> {
         let now = self.clock.now();
         let rows = HistoryReader::open(self.history.dir())
             .and_then(|reader| reader.rows_by_time::<EventRow>(&Query::all().skip_damage()));
         let rows = match rows {
             Ok(rows) => rows,
-            Err(error) => return tracing::warn!(%error, "announced events are forgotten"),
+            Err(error) => {
+                tracing::warn!(%error, "events of before are forgotten");
+                return Vec::new();
+            }
         };
+        let mut events = Vec::new();
         for row in rows {
             match row {
-                Ok(row) if row.expected.is_some_and(|at| at > now) => {
-                    let event = plan::Event::EventReceived(row.into());
-                    let _ = lock(&self.mind).brain.apply(event, now);
+                Ok(row) if row.ts >= since || row.expected.is_some_and(|at| at > now) => {
+                    events.push((row.received.max(row.ts), row.into()));
                 }
                 Ok(_) => {}
-                Err(error) => tracing::warn!(%error, "an announced event is forgotten"),
+                Err(error) => tracing::warn!(%error, "an event of before is forgotten"),
             }
         }
+        events.sort_by_key(|(arrived, _)| *arrived);
+        events
     }
 }

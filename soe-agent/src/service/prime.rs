@@ -34,11 +34,27 @@ impl Agent {
         for error in skipped {
             tracing::warn!(%error, "a file of the history is left out");
         }
+        let events = self.known_events(start);
         let mut mind = lock(&self.mind);
+        // The brain wants to know what is announced, the forecasters also what followed earlier events.
+        for (_, event) in &events {
+            let _ = mind.brain.apply(Event::EventReceived(event.clone()), now);
+        }
+        let events: Vec<_> = events
+            .iter()
+            .map(|(arrived, event)| (arrived, event.happening()))
+            .collect();
         for (name, series) in series {
             let volume = VolumeName::from(&*name);
+            let mut events = events
+                .iter()
+                .filter(|(_, e)| e.concerns(&volume))
+                .peekable();
             for (index, load) in series.bins.iter().enumerate() {
                 let start = series.start_of(index);
+                while let Some((_, event)) = events.next_if(|(arrived, _)| **arrived <= start) {
+                    mind.mixture.happening(&volume, event);
+                }
                 let load = load.as_ref().and_then(|bin| {
                     Some(LoadBin {
                         read_bytes: bin.read_bytes?,
@@ -55,6 +71,9 @@ impl Agent {
                     };
                     let _ = mind.brain.apply(event, start + bin);
                 }
+            }
+            for (_, event) in events {
+                mind.mixture.happening(&volume, event);
             }
         }
     }

@@ -182,6 +182,15 @@ pub fn model() -> ModelReport {
         training_samples: 1000,
         seed: Some(1),
         parameters: Some(14_000),
+        effects: vec![EventEffect {
+            kind: "com.example.deployment".into(),
+            subject: Some("web".into()),
+            events: 3.4,
+            factor: 2.5,
+            after_s: 300,
+            burst_probability: 0.75,
+            believed: true,
+        }],
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{WireError, pb, required};
 use crate::api::types::{
-    Decision, ForecastPoint, ForecastReport, MemberScore, ModelReport, Prediction,
+    Decision, EventEffect, ForecastPoint, ForecastReport, MemberScore, ModelReport, Prediction,
 };
 
 impl From<Prediction> for pb::Prediction {
@@ -143,6 +143,34 @@ impl From<pb::MemberScore> for MemberScore {
     }
 }
 
+impl From<EventEffect> for pb::EventEffect {
+    fn from(e: EventEffect) -> Self {
+        Self {
+            r#type: e.kind,
+            subject: e.subject,
+            events: e.events,
+            factor: e.factor,
+            after_s: e.after_s,
+            burst_probability: e.burst_probability,
+            believed: e.believed,
+        }
+    }
+}
+
+impl From<pb::EventEffect> for EventEffect {
+    fn from(e: pb::EventEffect) -> Self {
+        Self {
+            kind: e.r#type,
+            subject: e.subject,
+            events: e.events,
+            factor: e.factor,
+            after_s: e.after_s,
+            burst_probability: e.burst_probability,
+            believed: e.believed,
+        }
+    }
+}
+
 impl From<ModelReport> for pb::ModelReport {
     fn from(m: ModelReport) -> Self {
         Self {
@@ -155,6 +183,7 @@ impl From<ModelReport> for pb::ModelReport {
             training_samples: m.training_samples,
             seed: m.seed,
             parameters: m.parameters,
+            effects: m.effects.into_iter().map(Into::into).collect(),
         }
     }
 }
@@ -171,6 +200,7 @@ impl From<pb::ModelReport> for ModelReport {
             training_samples: m.training_samples,
             seed: m.seed,
             parameters: m.parameters,
+            effects: m.effects.into_iter().map(Into::into).collect(),
         }
     }
 }

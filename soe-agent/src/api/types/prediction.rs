@@ -115,4 +115,27 @@ pub struct ModelReport {
     pub seed: Option<u64>,
     /// Weights of the network.
     pub parameters: Option<u64>,
+    /// What events do to the volume.
+    #[serde(default)]
+    pub effects: Vec<EventEffect>,
+}
+
+/// What a kind of event does to a volume, as far as it has been learnt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EventEffect {
+    /// The kind.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The subject, if it is about one.
+    pub subject: Option<String>,
+    /// Events learnt from; older ones count less.
+    pub events: f64,
+    /// The greatest factor by which the load changes.
+    pub factor: f64,
+    /// How long after the event that is, in seconds.
+    pub after_s: u64,
+    /// The probability that a burst follows.
+    pub burst_probability: f64,
+    /// Whether forecasts are moved by it.
+    pub believed: bool,
 }

@@ -113,6 +113,7 @@ pub(in crate::cli) fn run(request: &Request) -> Result<Answer, CliError> {
         from: request.from.unwrap_or(first),
         trainer: request.train_every.and(trainer.as_deref()),
         train_every: request.train_every.unwrap_or(DAY),
+        events: &history.events,
     };
     let volumes = &history.volumes;
     let table = match request.job {

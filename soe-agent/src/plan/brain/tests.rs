@@ -357,6 +357,8 @@ fn an_announced_burst_is_staged_for() {
     world.apply(Event::EventReceived(ExternalEvent {
         id: "1".into(),
         kind: "com.example.deployment".into(),
+        subject: None,
+        at: 0,
         volumes: vec!["a".into()],
         burst_expected_at: Some(100 * S),
     }));
@@ -379,6 +381,8 @@ fn a_failed_staging_is_tried_again_later_and_told() {
     world.apply(Event::EventReceived(ExternalEvent {
         id: "1".into(),
         kind: "k".into(),
+        subject: None,
+        at: 0,
         volumes: Vec::new(),
         burst_expected_at: Some(500 * S),
     }));
