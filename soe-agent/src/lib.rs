@@ -15,6 +15,8 @@ pub mod observe;
 
 pub mod window;
 
+pub mod sources;
+
 pub mod history;
 
 pub mod model;

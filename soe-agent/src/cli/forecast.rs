@@ -7,7 +7,7 @@ use super::client::{Client, plain};
 use super::error::CliError;
 use super::output::{Output, Table, or_dash, when};
 use crate::api::pb;
-use crate::api::types::{ForecastPoint, ForecastReport};
+use crate::api::types::ForecastReport;
 use crate::config::units::human_size;
 
 /// Show the forecast of a volume's load
@@ -18,7 +18,7 @@ pub(super) struct Args {
     /// How far ahead
     #[arg(long, value_name = "DUR", default_value = "1h", value_parser = args::duration)]
     horizon: Duration,
-    /// Draw the median and the 90 % quantile as bars
+    /// Draw what was, the median and the 90 % quantile as bars, and where quiet and bursts are expected
     #[arg(long)]
     plot: bool,
 }
@@ -43,47 +43,20 @@ fn rate(bytes_per_second: f64) -> String {
 }
 
 fn table(report: &ForecastReport, plot: bool) -> Table {
-    let p = &report.predicted;
     let mut table = if plot {
-        Table::new(
-            &["START", "MEDIAN", "90 %", "= MEDIAN, - 90 %"],
-            "no forecast yet",
-        )
+        drawn(report)
     } else {
-        Table::new(
+        let mut table = Table::new(
             &["START", "10 %", "MEDIAN", "80 %", "90 %", "95 %", "99 %"],
             "no forecast yet",
-        )
-    };
-    let top = report
-        .points
-        .iter()
-        .map(|point| point.q90)
-        .fold(0.0, f64::max);
-    for point in &report.points {
-        let ForecastPoint {
-            start,
-            q10,
-            q50,
-            q80,
-            q90,
-            q95,
-            q99,
-        } = *point;
-        if plot {
-            table.row([when(start), rate(q50), rate(q90), bar(q50, q90, top)]);
-        } else {
-            table.row([
-                when(start),
-                rate(q10),
-                rate(q50),
-                rate(q80),
-                rate(q90),
-                rate(q95),
-                rate(q99),
-            ]);
+        );
+        for p in &report.points {
+            let [a, b, c, d, e, f] = [p.q10, p.q50, p.q80, p.q90, p.q95, p.q99].map(rate);
+            table.row([when(p.start), a, b, c, d, e, f]);
         }
-    }
+        table
+    };
+    let p = &report.predicted;
     table.row([String::new()]);
     let burst = p.next_burst_at.map_or("none expected".into(), |at| {
         format!("expected at {}", when(at))
@@ -98,20 +71,68 @@ fn table(report: &ForecastReport, plot: bool) -> Table {
     table
 }
 
+/// A probability of a burst from which on a bin is marked.
+const LIKELY: f64 = 0.1;
+
+/// History and forecast as bars, a line a bin, with marks where the quiet window and bursts are expected.
+fn drawn(report: &ForecastReport) -> Table {
+    let heads = [
+        "START",
+        "LOAD",
+        "90 %",
+        "# WAS, = MEDIAN, - 90 %",
+        "EXPECTED",
+    ];
+    let mut table = Table::new(&heads, "no forecast yet");
+    let was = report.history.iter().filter_map(|p| p.load);
+    let will = report.points.iter().map(|p| p.q90);
+    let top = was.chain(will).fold(0.0, f64::max);
+    for point in &report.history {
+        let (load, bar) = match point.load {
+            Some(load) => (rate(load), "#".repeat(length(load, top))),
+            None => ("-".to_owned(), String::new()),
+        };
+        table.row([when(point.start), load, String::new(), bar, String::new()]);
+    }
+    let bin = i64::try_from(report.bin_s)
+        .unwrap_or(i64::MAX)
+        .saturating_mul(1_000_000_000);
+    let quiet = report.predicted.next_low_window;
+    for point in &report.points {
+        let mut marks = Vec::new();
+        let end = point.start.saturating_add(bin);
+        if quiet.is_some_and(|w| point.start < w.end && w.start < end) {
+            marks.push("quiet".to_owned());
+        }
+        if point.burst_probability >= LIKELY {
+            marks.push(format!("burst {:.0} %", point.burst_probability * 100.0));
+        }
+        table.row([
+            when(point.start),
+            rate(point.q50),
+            rate(point.q90),
+            bar(point.q50, point.q90, top),
+            marks.join(", "),
+        ]);
+    }
+    table
+}
+
+fn length(value: f64, top: f64) -> usize {
+    if top > 0.0 {
+        ((value / top).clamp(0.0, 1.0) * BAR as f64).round() as usize
+    } else {
+        0
+    }
+}
+
 /// A bar whose first part is the median and whose rest is the 90 % quantile.
 fn bar(median: f64, high: f64, top: f64) -> String {
-    let length = |value: f64| {
-        if top > 0.0 {
-            ((value / top).clamp(0.0, 1.0) * BAR as f64).round() as usize
-        } else {
-            0
-        }
-    };
-    let solid = length(median);
+    let solid = length(median, top);
     format!(
         "{}{}",
         "=".repeat(solid),
-        "-".repeat(length(high).saturating_sub(solid))
+        "-".repeat(length(high, top).saturating_sub(solid))
     )
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::args;
 use super::error::CliError;
 use super::offline;
 use super::output::{Output, Table};
@@ -16,6 +17,9 @@ pub(super) struct Args {
     /// The configuration to decide by [default: the defaults]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Only captures from this moment on are judged (RFC 3339) [default: all]
+    #[arg(long, value_name = "TIME", value_parser = args::time)]
+    from: Option<i64>,
     /// The folder for forecasts.parquet, decisions.parquet, staged.parquet and summary.json
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -26,7 +30,7 @@ pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
         Some(path) => Config::load(Some(path))?,
         None => Config::default(),
     };
-    let summary = offline::simulate(&args.history, &config, &args.out)?;
+    let summary = offline::simulate(&args.history, &config, args.from, &args.out)?;
     out.show(&summary, |summary| {
         let mut table = Table::pairs();
         if let Some(fields) = summary.as_object() {

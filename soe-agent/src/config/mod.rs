@@ -22,8 +22,8 @@ use std::path::{Path, PathBuf};
 pub use error::ConfigError;
 pub use reload::{LIVE, Reload};
 pub use schema::{
-    Agent, Api, Bandwidth, Compression, EventSource, History, HostApp, Limits, Listen, Model, Plan,
-    Source, Staging, Store, Tracking,
+    Agent, Api, Bandwidth, Cluster, Compression, EventSource, History, HostApp, Limits, Listen,
+    Model, Plan, Staging, Store, Tracking,
 };
 use serde::{Deserialize, Serialize};
 
@@ -80,9 +80,7 @@ pub struct Events {
 impl Default for Events {
     fn default() -> Self {
         Self {
-            source: vec![EventSource {
-                kind: Source::Cloudevents,
-            }],
+            source: vec![EventSource::Cloudevents],
         }
     }
 }
@@ -218,7 +216,7 @@ impl Config {
         self.event
             .source
             .iter()
-            .any(|s| s.kind == Source::Cloudevents)
+            .any(|s| *s == EventSource::Cloudevents)
     }
 
     /// This configuration with what of `new` takes effect at once.

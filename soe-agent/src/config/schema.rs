@@ -494,32 +494,148 @@ pub struct HostApp {
 
 /// `[[event.source]]`: where events come from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EventSource {
-    /// What kind of source; this version knows `cloudevents`.
-    #[serde(rename = "type")]
-    pub kind: Source,
-}
-
-/// Kinds of event sources.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Source {
+#[serde(try_from = "EventSourceTable", into = "EventSourceTable")]
+pub enum EventSource {
     /// `POST /events` of the HTTP listener.
     Cloudevents,
+    /// Files dropped into a folder.
+    File {
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// Units of systemd.
+    Systemd {
+        /// Names of the units told, with `*` and `?`.
+        units: Vec<glob::Pattern>,
+    },
+    /// A Kubernetes cluster.
+    Kubernetes(Cluster),
 }
 
-impl<'de> Deserialize<'de> for Source {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        match text.as_str() {
+/// A Kubernetes cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// How to reach it; without, as a pod does, or as the user does.
+    pub kubeconfig: Option<PathBuf>,
+    /// The namespaces watched; none for all.
+    pub namespaces: Vec<String>,
+    /// This host's name in the cluster.
+    pub node: String,
+}
+
+impl EventSource {
+    /// Its kind, as in `type`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Cloudevents => "cloudevents",
+            Self::File { .. } => "file",
+            Self::Systemd { .. } => "systemd",
+            Self::Kubernetes(_) => "kubernetes",
+        }
+    }
+}
+
+/// As it is written.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EventSourceTable {
+    /// `cloudevents`, `file`, `systemd` or `kubernetes`.
+    #[serde(rename = "type")]
+    kind: String,
+    /// Of `file`: the folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dir: Option<PathBuf>,
+    /// Of `systemd`: names of units with `*` and `?` [default: `*.service`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    units: Option<Vec<String>>,
+    /// Of `kubernetes`: the file that says how to reach the cluster [default: as a pod does].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kubeconfig: Option<PathBuf>,
+    /// Of `kubernetes`: namespaces [default: all].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespaces: Option<Vec<String>>,
+    /// Of `kubernetes`: this host's name in the cluster [default: the host's name].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node: Option<String>,
+}
+
+impl TryFrom<EventSourceTable> for EventSource {
+    type Error = String;
+
+    fn try_from(table: EventSourceTable) -> Result<Self, String> {
+        let kind = table.kind.as_str();
+        let belongs = [
+            ("dir", table.dir.is_some(), "file"),
+            ("units", table.units.is_some(), "systemd"),
+            ("kubeconfig", table.kubeconfig.is_some(), "kubernetes"),
+            ("namespaces", table.namespaces.is_some(), "kubernetes"),
+            ("node", table.node.is_some(), "kubernetes"),
+        ];
+        if let Some((key, _, of)) = belongs.iter().find(|(_, given, of)| *given && *of != kind) {
+            return Err(format!(
+                "{key} belongs to the source {of:?}, not to {kind:?}"
+            ));
+        }
+        let absolute = |key: &str, path: PathBuf| match path.is_absolute() {
+            true => Ok(path),
+            false => Err(format!("{key}: {path:?} is not an absolute path")),
+        };
+        match kind {
             "cloudevents" => Ok(Self::Cloudevents),
-            "systemd" | "kubernetes" | "file" => Err(de::Error::custom(format!(
-                "this version does not support the source {text:?}; it knows cloudevents"
-            ))),
-            _ => Err(de::Error::custom(format!(
-                "{text:?} is no event source; this version knows cloudevents"
-            ))),
+            "file" => {
+                let dir = table
+                    .dir
+                    .ok_or("the source \"file\" needs dir, the folder")?;
+                absolute("dir", dir).map(|dir| Self::File { dir })
+            }
+            "systemd" => {
+                let units = table.units.unwrap_or_else(|| vec!["*.service".to_owned()]);
+                let pattern = |unit: &String| {
+                    glob::Pattern::new(unit).map_err(|e| format!("units: {unit:?}: {e}"))
+                };
+                let units = units.iter().map(pattern).collect::<Result<_, _>>()?;
+                Ok(Self::Systemd { units })
+            }
+            "kubernetes" => Ok(Self::Kubernetes(Cluster {
+                kubeconfig: table
+                    .kubeconfig
+                    .map(|path| absolute("kubeconfig", path))
+                    .transpose()?,
+                namespaces: table.namespaces.unwrap_or_default(),
+                node: table.node.unwrap_or_else(|| {
+                    let uname = rustix::system::uname();
+                    uname.nodename().to_string_lossy().into_owned()
+                }),
+            })),
+            _ => Err(format!(
+                "{kind:?} is no event source; use cloudevents, file, systemd or kubernetes"
+            )),
+        }
+    }
+}
+
+impl From<EventSource> for EventSourceTable {
+    fn from(source: EventSource) -> Self {
+        let table = Self {
+            kind: source.name().to_owned(),
+            ..Self::default()
+        };
+        match source {
+            EventSource::Cloudevents => table,
+            EventSource::File { dir } => Self {
+                dir: Some(dir),
+                ..table
+            },
+            EventSource::Systemd { units } => Self {
+                units: Some(units.iter().map(ToString::to_string).collect()),
+                ..table
+            },
+            EventSource::Kubernetes(cluster) => Self {
+                kubeconfig: cluster.kubeconfig,
+                namespaces: Some(cluster.namespaces),
+                node: Some(cluster.node),
+                ..table
+            },
         }
     }
 }

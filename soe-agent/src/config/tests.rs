@@ -177,8 +177,16 @@ fn mistakes_name_the_line() {
             "soe.toml:2: tracking.block_size: 48KiB is not a power of two",
         ),
         (
-            "[[event.source]]\ntype = \"systemd\"\n",
-            "soe.toml:2: event.source.type: this version does not support the source \"systemd\";",
+            "[[event.source]]\ntype = \"file\"\n",
+            "soe.toml:1: event.source: the source \"file\" needs dir, the folder",
+        ),
+        (
+            "[[event.source]]\ntype = \"systemd\"\ndir = \"/x\"\n",
+            "soe.toml:1: event.source: dir belongs to the source \"file\", not to \"systemd\"",
+        ),
+        (
+            "[[event.source]]\ntype = \"cron\"\n",
+            "soe.toml:1: event.source: \"cron\" is no event source; use cloudevents, file, systemd or kubernetes",
         ),
         (
             "[[host.app]]\ntype = \"postgres\"\n",

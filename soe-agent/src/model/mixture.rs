@@ -15,10 +15,12 @@ use super::onset::OnsetMixture;
 use super::onset_features::{LEAD, MATURES, onset_features};
 use super::series::{Known, LoadBin, Series, SeriesError, TimeScale};
 use super::weights::{
-    ModelError, OnsetPredictor, Predictor, Trained, TrainedInfo, onset_predictor, predictor,
+    ModelError, OnsetPredictor, Predictor, Trained, TrainedInfo, WindowWeights, onset_predictor,
+    predictor,
 };
+use super::window_features::{Past, Start};
 use super::{
-    Forecaster, Promotion, Q10, Q90, QUANTILES, QuantileForecast, QuantileRow, SHORT_HORIZON,
+    Forecaster, Pace, Promotion, Q10, Q90, QUANTILES, QuantileForecast, QuantileRow, SHORT_HORIZON,
     Serving, VolumeName,
 };
 use crate::seam::UnixNanos;
@@ -85,6 +87,8 @@ pub struct Mixture {
     network: Option<(TrainedInfo, Box<dyn Predictor>)>,
     /// The same for onsets.
     prior_onset: Option<Box<dyn OnsetPredictor>>,
+    /// The network that says when to begin a capture.
+    window: Option<WindowWeights>,
     onset: Option<Box<dyn OnsetPredictor>>,
 }
 
@@ -97,8 +101,26 @@ impl Mixture {
             prior: None,
             network: None,
             prior_onset: None,
+            window: None,
             onset: None,
         }
+    }
+
+    /// The last `bins` bins of `volume`: when each started, and its load in bytes per second if measured.
+    pub fn recent(&self, volume: &VolumeName, bins: usize) -> Vec<(UnixNanos, Option<f64>)> {
+        let Some(volume) = self.volumes.get(volume) else {
+            return Vec::new();
+        };
+        let known = volume.series.known();
+        let rows = known.trailing(bins);
+        let first = known.next_index() - rows.len() as i64;
+        rows.iter()
+            .zip(first..)
+            .map(|(row, index)| {
+                let load = row.known.then_some(f64::from(row.load));
+                (known.scale.start_of(index), load)
+            })
+            .collect()
     }
 
     /// What events do to `volume`, as far as it has been learnt.
@@ -136,6 +158,7 @@ impl Mixture {
     pub fn set_prior(&mut self, prior: &Trained) -> Result<(), ModelError> {
         self.prior = Some(predictor(prior)?);
         self.prior_onset = onset_predictor(prior);
+        self.window = prior.window.clone();
         Ok(())
     }
 }
@@ -326,6 +349,21 @@ impl Forecaster for Mixture {
         self.volumes
             .get_mut(volume)?
             .forecast(horizon, networks, onset)
+    }
+
+    fn begin(&self, volumes: &[VolumeName], pace: Pace) -> Option<f32> {
+        let window = self.window.as_ref()?;
+        let known: Option<Vec<Known<'_>>> = volumes
+            .iter()
+            .map(|name| Some(self.volumes.get(name)?.series.known()))
+            .collect();
+        let past = Past::of(&known?, pace.length)?;
+        let inputs = past.inputs(Start {
+            bins: past.bins(),
+            later: pace.later,
+            passed: pace.passed,
+        })?;
+        Some(window.log_odds(&inputs, pace.later))
     }
 
     fn serving(&self, volume: &VolumeName) -> Option<Serving> {

@@ -37,6 +37,8 @@ pub mod weights;
 
 pub mod onset_features;
 
+pub mod window_features;
+
 pub mod foretold;
 
 #[cfg(feature = "model")]
@@ -44,6 +46,9 @@ mod nn;
 
 #[cfg(feature = "model")]
 pub mod net;
+
+#[cfg(feature = "model")]
+mod window_net;
 
 #[cfg(feature = "model")]
 pub mod onset_net;
@@ -196,6 +201,11 @@ pub trait Forecaster: Send {
     /// Forecasts `horizon` bins after the last known bin; `None` for a volume never observed.
     fn forecast(&mut self, volume: &VolumeName, horizon: usize) -> Option<QuantileForecast>;
 
+    /// Whether to begin a capture of `volumes` together with the next bin, if it must begin with it or one of
+    /// the `later` bins after it, `passed` bins after the first that it could have begun with, and takes
+    /// `length` bins: the log odds, above 0 for beginning. `None` where nothing can be said.
+    fn begin(&self, volumes: &[VolumeName], pace: Pace) -> Option<f32>;
+
     /// Who serves `volume` and why; `None` for a volume never observed.
     fn serving(&self, volume: &VolumeName) -> Option<Serving>;
 
@@ -210,6 +220,17 @@ pub trait Forecaster: Send {
 
     /// Forgets a volume that is gone.
     fn forget(&mut self, volume: &VolumeName);
+}
+
+/// How a capture's interval stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pace {
+    /// Starts that remain after the next one.
+    pub later: usize,
+    /// Starts that have passed.
+    pub passed: usize,
+    /// Bins that the capture takes.
+    pub length: usize,
 }
 
 /// Infinity has no JSON form; a threshold that is not known yet is written as null.

@@ -22,6 +22,7 @@ use super::nn::{
 };
 use super::onset_net;
 use super::weights::{ModelError, OUTPUTS, Predictor, Shape, Trained, TrainedInfo};
+use super::window_net;
 use super::{QUANTILES, SHORT_HORIZON};
 
 /// Samples in a batch.
@@ -159,6 +160,7 @@ pub fn train(
         data_to,
         score: f64::INFINITY,
         onset_samples: None,
+        window_intervals: None,
     };
     let mut run = Run::new(&samples, &weights, seed);
     let rate = if from.is_some() { GENTLY } else { 1.0 };
@@ -189,6 +191,7 @@ pub fn train(
                 info: info.clone(),
                 weights: candidate,
                 onset: None,
+                window: None,
             };
             let score = data.score(&Network::new(&trained)?, &validation);
             // Without validation samples the newest state is as good as any.
@@ -220,11 +223,31 @@ pub fn train(
         Err(error) => return Err(error),
     };
     info.onset_samples = onset.as_ref().map(|onset| onset.samples);
+    // It is made of choices over months of many volumes: a host has too few to do better.
+    let window = from.and_then(|trained| trained.window.clone());
+    info.window_intervals = window.as_ref().map(|window| window.intervals);
     Ok(Trained {
         info,
         weights,
         onset,
+        window,
     })
+}
+
+/// Trains the network that says when to begin a capture on all of `data`, and puts it beside `trained`.
+///
+/// # Errors
+/// As [`train`].
+pub fn train_windows(
+    data: &Dataset,
+    seed: u64,
+    trained: &mut Trained,
+    cancel: &AtomicBool,
+) -> Result<(), ModelError> {
+    let window = window_net::train(data, i64::MAX, seed, cancel)?;
+    trained.info.window_intervals = Some(window.intervals);
+    trained.window = Some(window);
+    Ok(())
 }
 
 /// A training under way.

@@ -4,11 +4,12 @@
 //!
 //! ```text
 //! bytes 0..8    "SOEMODEL"
-//! bytes 8..12   format version, u32 little-endian (2)
+//! bytes 8..12   format version, u32 little-endian (3)
 //! bytes 12..16  length of the header, u32 little-endian
 //! header        JSON of [`TrainedInfo`]
 //! weights       f32 little-endian, in the order of [`Shape`]
 //! onset         if the header says so: mean and deviation of its inputs, its weights; f32 little-endian
+//! window        if the header says so: the weights of the network that says when to begin a capture
 //! last 32       BLAKE3 of all bytes before
 //! ```
 //!
@@ -22,11 +23,12 @@ use serde::{Deserialize, Serialize};
 
 use super::features::{FEATURE_VERSION, INPUTS};
 use super::onset_features::ONSET_INPUTS;
+use super::window_features::WINDOW_INPUTS;
 use super::{QUANTILES, TimeScale};
 use crate::seam::UnixNanos;
 
 const MAGIC: &[u8; 8] = b"SOEMODEL";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const CHECKSUM: usize = 32;
 /// A file larger than this is not read: networks are smaller by orders of magnitude.
 const MAX_FILE: u64 = 64 << 20;
@@ -198,6 +200,70 @@ impl OnsetWeights {
     }
 }
 
+/// The layer sizes of the network that says when to begin a capture; its weights follow each other layer by
+/// layer, row-major `[input, output]` and then the bias.
+pub const WINDOW_LAYERS: [usize; 4] = [WINDOW_INPUTS, 32, 16, 1];
+
+/// Networks so many that their mean says when to begin a capture ([`super::window_features`]): one alone
+/// depends more on its seed than on anything else.
+pub const WINDOW_NETWORKS: usize = 5;
+
+/// The networks that say when to begin a capture.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WindowWeights {
+    /// Intervals trained on.
+    pub intervals: usize,
+    /// The weights of [`WINDOW_NETWORKS`] networks, each as [`WINDOW_LAYERS`] orders them.
+    pub weights: Vec<f32>,
+}
+
+impl WindowWeights {
+    /// The number of weights of one network.
+    fn len() -> usize {
+        WINDOW_LAYERS
+            .windows(2)
+            .map(|pair| pair[0] * pair[1] + pair[1])
+            .sum()
+    }
+
+    fn from_numbers(intervals: usize, weights: Vec<f32>) -> Option<Self> {
+        let sound =
+            weights.len() == WINDOW_NETWORKS * Self::len() && weights.iter().all(|w| w.is_finite());
+        sound.then_some(Self { intervals, weights })
+    }
+
+    /// The log odds of beginning a capture at a start with these [`WINDOW_INPUTS`] inputs when `later`
+    /// starts remain; above 0 it is better to begin. (Small enough to be worked out here.)
+    pub fn log_odds(&self, inputs: &[f32], later: usize) -> f32 {
+        let networks = self.weights.chunks_exact(Self::len());
+        let n = networks.len().max(1) as f32;
+        let mean = networks
+            .map(|network| Self::of(network, inputs))
+            .sum::<f32>()
+            / n;
+        mean - (later.max(1) as f32).ln()
+    }
+
+    fn of(network: &[f32], inputs: &[f32]) -> f32 {
+        let mut rest = network;
+        let mut values = inputs.to_vec();
+        for (layer, pair) in WINDOW_LAYERS.windows(2).enumerate() {
+            let (weights, tail) = rest.split_at(pair[0] * pair[1]);
+            let (bias, tail) = tail.split_at(pair[1]);
+            rest = tail;
+            let mut next = bias.to_vec();
+            for (value, row) in values.iter().zip(weights.chunks_exact(pair[1])) {
+                next.iter_mut().zip(row).for_each(|(n, w)| *n += value * w);
+            }
+            if layer + 2 < WINDOW_LAYERS.len() {
+                next.iter_mut().for_each(|n| *n /= 1.0 + (-*n).exp());
+            }
+            values = next;
+        }
+        values.first().copied().unwrap_or(0.0)
+    }
+}
+
 /// Foretells the onset of bursts from the inputs of one sample.
 pub trait OnsetPredictor: Send {
     /// The log odds for [`ONSET_INPUTS`] inputs; `None` if they are not finite.
@@ -244,6 +310,9 @@ pub struct TrainedInfo {
     /// Samples on which the onset network was trained; `None` without one.
     #[serde(default)]
     pub onset_samples: Option<usize>,
+    /// Intervals on which the network was trained that says when to begin a capture; `None` without one.
+    #[serde(default)]
+    pub window_intervals: Option<usize>,
 }
 
 /// A trained network.
@@ -255,6 +324,8 @@ pub struct Trained {
     pub weights: Vec<f32>,
     /// The network that foretells onsets, where there was enough to learn it from.
     pub onset: Option<OnsetWeights>,
+    /// The network that says when to begin a capture.
+    pub window: Option<WindowWeights>,
 }
 
 /// The network that this build ships with: `cargo xtask train-prior` made it (docs/forecasting.md says from
@@ -326,7 +397,8 @@ impl Trained {
         bytes.extend_from_slice(&(header.len() as u32).to_le_bytes());
         bytes.extend_from_slice(&header);
         let onset = self.onset.iter().flat_map(OnsetWeights::parts).flatten();
-        for number in self.weights.iter().chain(onset) {
+        let window = self.window.iter().flat_map(|window| &window.weights);
+        for number in self.weights.iter().chain(onset).chain(window) {
             bytes.extend_from_slice(&number.to_le_bytes());
         }
         let checksum = blake3::hash(&bytes);
@@ -372,6 +444,18 @@ impl Trained {
             return Err(corrupt("its weights are cut short"));
         }
         let mut weights: Vec<f32> = floats.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let window = match info.window_intervals {
+            None => None,
+            Some(intervals) => {
+                let at = weights
+                    .len()
+                    .checked_sub(WINDOW_NETWORKS * WindowWeights::len())
+                    .ok_or_else(|| corrupt("its window network is cut short"))?;
+                let window = WindowWeights::from_numbers(intervals, weights.split_off(at))
+                    .ok_or_else(|| corrupt("its window network is not made of numbers"))?;
+                Some(window)
+            }
+        };
         let onset = match info.onset_samples {
             None => None,
             Some(samples) => {
@@ -389,6 +473,7 @@ impl Trained {
             info,
             weights,
             onset,
+            window,
         };
         trained.check()?;
         Ok(trained)
@@ -466,6 +551,7 @@ mod tests {
                 data_to: 100,
                 score: 0.9,
                 onset_samples: Some(5),
+                window_intervals: Some(7),
             },
             weights: (0..Shape::CURRENT.weights())
                 .map(|i| i as f32 * 0.25 - 3.0)
@@ -475,6 +561,10 @@ mod tests {
                 mean: vec![0.5; ONSET_INPUTS],
                 deviation: vec![2.0; ONSET_INPUTS],
                 weights: vec![0.25; ONSET_SHAPE.weights()],
+            }),
+            window: Some(WindowWeights {
+                intervals: 7,
+                weights: vec![0.5; WINDOW_NETWORKS * WindowWeights::len()],
             }),
         }
     }

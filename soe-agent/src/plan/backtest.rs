@@ -6,12 +6,13 @@
 //! Before the first output wanted the forecaster runs along as it would in an agent, so that its
 //! choices have the evidence they would have there.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::simulate::{Trainer, VolumeHistory};
 use super::types::{ExternalEvent, nanos};
 use super::window::quietest;
-use crate::model::{Forecaster, QuantileForecast, TimeScale, VolumeName};
+use crate::model::{Forecaster, Pace, QuantileForecast, TimeScale, VolumeName};
 use crate::seam::UnixNanos;
 
 /// Seasons before the first output wanted in which forecasts are made for the forecaster's own evidence.
@@ -32,14 +33,15 @@ pub struct Course<'a> {
     pub events: &'a [(UnixNanos, ExternalEvent)],
 }
 
-/// Asks `wanted` at the end of every bin and for every volume whose history has begun and not ended;
-/// where it says a horizon in bins, `take` is given that forecast.
+/// Takes every volume whose history has begun and not ended, at the end of every bin, once the forecaster
+/// needs to be run along.
+type Step<'a> = dyn FnMut(&mut dyn Forecaster, &VolumeName, UnixNanos) + 'a;
+
 fn replay(
     volumes: &[VolumeHistory],
     course: Course<'_>,
     forecaster: &mut dyn Forecaster,
-    wanted: &dyn Fn(UnixNanos) -> Option<usize>,
-    take: &mut dyn FnMut(&VolumeName, QuantileForecast),
+    step: &mut Step<'_>,
 ) {
     let scale = course.scale;
     let range = |v: &VolumeHistory| {
@@ -78,15 +80,8 @@ fn replay(
                 let _ = forecaster.install(&trained);
             }
         }
-        let Some(horizon) = wanted(now).filter(|_| now >= warm) else {
-            continue;
-        };
-        for volume in live {
-            if let Some(forecast) = forecaster.forecast(&volume.name, horizon)
-                && now >= course.from
-            {
-                take(&volume.name, forecast);
-            }
+        if now >= warm {
+            live.for_each(|volume| step(forecaster, &volume.name, now));
         }
     }
 }
@@ -110,8 +105,19 @@ pub fn load(
     take: &mut dyn FnMut(&VolumeName, QuantileForecast),
 ) {
     let horizon = bins(course.scale, horizon).max(1);
-    let wanted = |now| due(now, every).then_some(horizon);
-    replay(volumes, course, forecaster, &wanted, take);
+    replay(
+        volumes,
+        course,
+        forecaster,
+        &mut |forecaster, volume, now| {
+            if due(now, every)
+                && let Some(forecast) = forecaster.forecast(volume, horizon)
+                && now >= course.from
+            {
+                take(volume, forecast);
+            }
+        },
+    );
 }
 
 /// One answer to "will a burst begin".
@@ -141,18 +147,21 @@ pub fn bursts(
         volumes,
         course,
         forecaster,
-        &|_| Some(to),
-        &mut |volume, forecast| {
-            take(BurstAnswer {
-                volume: volume.clone(),
-                issued_at: forecast.issued_at,
-                probability: forecast.onset_within(from, to),
-            });
+        &mut |forecaster, volume, now| {
+            if let Some(forecast) = forecaster.forecast(volume, to)
+                && now >= course.from
+            {
+                take(BurstAnswer {
+                    volume: volume.clone(),
+                    issued_at: forecast.issued_at,
+                    probability: forecast.onset_within(from, to),
+                });
+            }
         },
     );
 }
 
-/// A window chosen for a capture.
+/// A window chosen for a capture. It is chosen when it begins.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WindowAnswer {
     /// The volume.
@@ -161,12 +170,12 @@ pub struct WindowAnswer {
     pub interval_start: UnixNanos,
     /// When it would begin.
     pub window_start: UnixNanos,
-    /// Who made the forecast.
-    pub member: String,
+    /// Who chose it.
+    pub member: &'static str,
 }
 
-/// In every `interval` (counted from the Unix epoch) the quietest window of `length`, by what is
-/// known when the interval begins.
+/// In every `interval` (counted from the Unix epoch) one capture of `length`, begun as the agent begins it:
+/// at the end of each bin it is decided, by what is known then, whether to begin or to wait.
 pub fn windows(
     volumes: &[VolumeHistory],
     course: Course<'_>,
@@ -176,25 +185,69 @@ pub fn windows(
     take: &mut dyn FnMut(WindowAnswer),
 ) {
     let scale = course.scale;
-    let horizon = bins(scale, interval).max(1);
-    let wanted = |now| due(now, interval).then_some(horizon);
+    let window = bins(scale, length).max(1);
+    let starts = bins(scale, interval).saturating_sub(window) + 1;
+    // Intervals in which no capture has begun yet.
+    let mut open: BTreeMap<VolumeName, UnixNanos> = BTreeMap::new();
     replay(
         volumes,
         course,
         forecaster,
-        &wanted,
-        &mut |volume, forecast| {
-            let from = forecast.issued_at;
-            let latest = from
-                .saturating_add(nanos(interval))
-                .saturating_sub(nanos(length));
-            let window = quietest(&[&forecast], scale, from, latest, length, 0.0);
-            take(WindowAnswer {
-                volume: volume.clone(),
-                interval_start: from,
-                window_start: window.map_or(from, |w| w.start),
-                member: forecast.member.to_string(),
-            });
+        &mut |forecaster, volume, now| {
+            if due(now, interval) {
+                open.insert(volume.clone(), now);
+            }
+            let Some(interval_start) = open.get(volume).copied() else {
+                return;
+            };
+            let passed = usize::try_from((now - interval_start) / scale.bin_nanos()).unwrap_or(0);
+            let pace = Pace {
+                later: (starts - 1).saturating_sub(passed),
+                passed,
+                length: window,
+            };
+            let (begin, member) = begins(forecaster, scale, volume, pace, now);
+            if begin {
+                open.remove(volume);
+                if interval_start >= course.from {
+                    take(WindowAnswer {
+                        volume: volume.clone(),
+                        interval_start,
+                        window_start: now,
+                        member,
+                    });
+                }
+            }
         },
     );
+}
+
+/// Whether to begin now, and who says so.
+fn begins(
+    forecaster: &mut dyn Forecaster,
+    scale: TimeScale,
+    volume: &VolumeName,
+    pace: Pace,
+    now: UnixNanos,
+) -> (bool, &'static str) {
+    if pace.later == 0 {
+        return (true, "last");
+    }
+    if let Some(log_odds) = forecaster.begin(std::slice::from_ref(volume), pace) {
+        return (log_odds > 0.0, "network");
+    }
+    let at = |bins: usize| scale.bin_nanos().saturating_mul(bins as i64);
+    let length = Duration::from_nanos(at(pace.length).unsigned_abs());
+    let forecast = forecaster.forecast(volume, pace.later + pace.length);
+    let best = forecast.and_then(|f| {
+        quietest(
+            &[&f],
+            scale,
+            now,
+            now.saturating_add(at(pace.later)),
+            length,
+            0.0,
+        )
+    });
+    (best.is_none_or(|window| window.start <= now), "forecast")
 }

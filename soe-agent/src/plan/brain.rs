@@ -39,6 +39,8 @@ struct Volume {
     forecast: Option<Arc<QuantileForecast>>,
     staging: StagingState,
     announced: Vec<UnixNanos>,
+    /// Bytes that the next differential would hold.
+    changed: Option<u64>,
 }
 
 struct Group {
@@ -48,17 +50,26 @@ struct Group {
     last_baseline: Option<UnixNanos>,
     differential_takes: Duration,
     baseline_takes: Duration,
+    /// How fast differentials were captured of late, in bytes per second.
+    rate: Option<f64>,
     failures: u32,
     not_before: Option<UnixNanos>,
     /// What was last recorded about waiting, so that it is recorded once.
     waiting: Option<(Waiting, Option<UnixNanos>)>,
     window: Option<Window>,
+    /// For which moment it was asked whether to begin, and the answer.
+    judged: Option<(Moment, Option<f32>)>,
 }
+
+/// What an answer depends on: the newest bin of all volumes, and the bin of now.
+type Moment = (UnixNanos, i64);
 
 struct Capture {
     volumes: Vec<VolumeName>,
     kind: CaptureKind,
     since: UnixNanos,
+    /// Bytes that were known to have changed when it began.
+    changed: Option<u64>,
 }
 
 #[derive(Default)]
@@ -116,6 +127,19 @@ impl Brain {
                 if bytes_per_second.is_finite() && bytes_per_second >= 0.0 {
                     self.volume(&volume).observed = Some((now, bytes_per_second));
                     self.cancel_staging_in_burst(&volume, now, &mut out);
+                }
+            }
+            Event::ChangesCounted { volume, bytes } => {
+                if let Some(volume) = self.volumes.get_mut(&volume) {
+                    volume.changed = Some(bytes);
+                }
+            }
+            Event::Judged { group, begin } => {
+                if let Some((_, answer)) =
+                    self.groups.get_mut(&group).and_then(|g| g.judged.as_mut())
+                {
+                    *answer = begin;
+                    self.plan_capture(&group, now, &mut out);
                 }
             }
             Event::ForecastReady { volume, forecast } => {
@@ -218,6 +242,7 @@ impl Brain {
             forecast: None,
             staging: StagingState::default(),
             announced: Vec::new(),
+            changed: None,
         })
     }
 
@@ -254,6 +279,7 @@ impl Brain {
             group.last_baseline = group.last_baseline.map(|at| at.min(now));
             group.not_before = None;
             group.waiting = None;
+            group.judged = None;
         }
         for volume in self.volumes.values_mut() {
             volume.observed = volume.observed.filter(|(at, _)| *at <= now);
@@ -301,10 +327,12 @@ impl Brain {
             last_baseline: last_baseline.map(|at| at.min(now)),
             differential_takes: self.config.capture_duration,
             baseline_takes: self.config.capture_duration * 4,
+            rate: None,
             failures: 0,
             not_before: None,
             waiting: None,
             window: None,
+            judged: None,
             spec,
         };
         self.groups.insert(group.spec.name.clone(), group);

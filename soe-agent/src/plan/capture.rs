@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::types::{CaptureKind, GroupSpec, PlannerConfig, nanos};
 use super::window::{Window, expected_load, quietest};
-use crate::model::{Q80, QuantileForecast, VolumeName};
+use crate::model::{Pace, Q80, QuantileForecast, VolumeName};
 use crate::seam::UnixNanos;
 
 /// What the planner knows of a group that is not being captured.
@@ -31,6 +31,8 @@ pub struct GroupView<'a> {
     pub median: f64,
     /// A volume that is in a burst right now.
     pub burst_on: Option<&'a VolumeName>,
+    /// The log odds of beginning now, where a network says when to begin.
+    pub begin: Option<f32>,
 }
 
 /// Why nothing is done yet.
@@ -96,15 +98,35 @@ impl GroupView<'_> {
         let takes = nanos(self.differential_takes).min(rpo / 2);
         let guard = nanos(config.tick).saturating_mul(2).max(rpo / 20);
         let latest = (deadline - takes - guard).max(base);
-        let fresh = match self.last_capture {
-            Some(_) => (rpo as f64 * config.earliest_share.clamp(0.0, 1.0)) as i64,
-            None => 0,
+        let fresh = (rpo as f64 * config.earliest_share.clamp(0.0, 1.0)) as i64;
+        let earliest = match self.last_capture {
+            // Nothing is foreseen further ahead than a season.
+            Some(_) => (base + fresh).max(latest - nanos(config.scale.season())),
+            None => base,
         };
         Schedule {
-            earliest: (base + fresh).min(latest),
+            earliest: earliest.min(latest),
             latest,
             deadline,
         }
+    }
+
+    /// How the interval stands at `now`, if it is to be judged whether to begin: between the times at which
+    /// the group may and must be captured, and with forecasts of all its volumes.
+    pub fn pace(&self, config: &PlannerConfig, now: UnixNanos) -> Option<Pace> {
+        let schedule = self.schedule(config);
+        let open = (schedule.earliest..schedule.latest).contains(&now);
+        if !self.spec.prediction_enabled || self.forecasts.is_empty() || !open {
+            return None;
+        }
+        let bin = config.scale.bin_nanos();
+        let bins = |span: i64| usize::try_from(span / bin).unwrap_or(0);
+        let (kind, _) = self.kind(config, now, false);
+        Some(Pace {
+            later: bins(schedule.latest - now),
+            passed: bins(now - schedule.earliest),
+            length: bins(nanos(self.takes(kind)).saturating_add(bin - 1)).max(1),
+        })
     }
 
     fn takes(&self, kind: CaptureKind) -> Duration {
@@ -209,7 +231,15 @@ pub fn plan(view: &GroupView<'_>, config: &PlannerConfig, now: UnixNanos) -> Int
     let Some(window) = window else {
         return without_forecast(view, config, now, schedule, kind, &why_kind);
     };
-    if window.start > now {
+    if let Some(odds) = view.begin.filter(|odds| *odds <= 0.0) {
+        let reason = format!(
+            "a quieter moment is likely to come (log odds of beginning now {odds:.1}); {} left",
+            Span(schedule.latest - now)
+        );
+        let window = Some(window).filter(|w| w.start > now);
+        return wait(Waiting::QuieterAhead, window, reason);
+    }
+    if view.begin.is_none() && window.start > now {
         let reason = format!(
             "a quieter window starts in {}: {} expected there, {} now (q0.8)",
             Span(window.start - now),
@@ -232,14 +262,18 @@ pub fn plan(view: &GroupView<'_>, config: &PlannerConfig, now: UnixNanos) -> Int
         );
         return wait(Waiting::LoadAboveForecast, Some(window), reason);
     }
-    let reason = join(
-        &why_kind,
-        &format!(
+    let why = match view.begin {
+        Some(odds) => format!(
+            "no quieter moment is likely before the deadline in {} (log odds of beginning now {odds:.1})",
+            Span(schedule.deadline - now)
+        ),
+        None => format!(
             "predicted quiet window: {} expected (q0.8), no quieter one before the deadline in {}",
             Rate(window.load),
             Span(schedule.deadline - now)
         ),
-    );
+    };
+    let reason = join(&why_kind, &why);
     start(view, kind, false, now, reason)
 }
 
@@ -426,6 +460,7 @@ mod tests {
             observed: Some(0.0),
             median: 1e6,
             burst_on: None,
+            begin: None,
         }
     }
 
@@ -451,6 +486,37 @@ mod tests {
             panic!()
         };
         assert_eq!((kind, urgent), (CaptureKind::Differential, false));
+    }
+
+    #[test]
+    fn a_network_that_says_when_to_begin_is_followed() {
+        let spec = spec(true);
+        let mut loads = vec![HIGH; 20];
+        loads[7] = LOW;
+        let f = forecast(&loads);
+        let mut v = view(&spec, vec![&f]);
+        let pace = v.pace(&config(), 55 * S).unwrap();
+        assert_eq!((pace.length, pace.passed), (1, 0));
+        assert_eq!(v.pace(&config(), 40 * S), None, "the layer is fresh");
+        assert_eq!(v.pace(&config(), 99 * S), None, "the deadline decides");
+        v.begin = Some(1.0);
+        assert!(matches!(
+            plan(&v, &config(), 55 * S),
+            Intent::Capture { .. }
+        ));
+        v.begin = Some(-1.0);
+        assert!(matches!(
+            plan(&v, &config(), 70 * S),
+            Intent::Wait {
+                waiting: Waiting::QuieterAhead,
+                window: None,
+                ..
+            }
+        ));
+        let Intent::Capture { urgent, .. } = plan(&v, &config(), 95 * S) else {
+            panic!()
+        };
+        assert!(urgent);
     }
 
     #[test]

@@ -20,6 +20,9 @@ use crate::model::{Forecaster, LoadBin, Promotion, QuantileForecast, Trained, Vo
 use crate::seam::{ByteRange, UnixNanos};
 use crate::stage::score::{Access, ScoreConfig};
 
+/// Seasons before the judged time in which forecasts are made for the forecaster's own evidence.
+const WARM_UP_SEASONS: i64 = 10;
+
 /// The bins of one volume.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VolumeHistory {
@@ -269,6 +272,9 @@ impl Run<'_> {
                 load,
             };
             self.apply(event, now);
+            let bytes = self.changed(&volume.name) as u64;
+            let volume = volume.name.clone();
+            self.apply(Event::ChangesCounted { volume, bytes }, now);
         }
     }
 
@@ -342,13 +348,39 @@ impl Run<'_> {
                 self.later(copied, Due::Staged(volume, bytes));
             }
             Command::CancelStaging { volume, .. } => self.staged.cancel(&volume, now),
+            Command::Judge {
+                group,
+                volumes,
+                pace,
+            } => {
+                let begin = self.forecaster.begin(&volumes, pace);
+                self.apply(Event::Judged { group, begin }, now);
+            }
             Command::Train { .. } => self.train(now),
             // Nobody asks for captures here.
             Command::RefuseCapture { .. } => {}
         }
     }
 
+    /// Bytes written to a volume since the last cut of a group that holds it.
+    fn changed(&self, volume: &VolumeName) -> f64 {
+        let of = |spec: &&GroupSpec| spec.volumes.contains(volume);
+        let since = self.config.groups.iter().find(of).and_then(|spec| {
+            let records = self.captures.get(&spec.name)?;
+            records.last().map(|record| record.start)
+        });
+        self.written
+            .get(volume)
+            .map_or(0.0, |written| written_since(written, since))
+    }
+
     fn forecast(&mut self, volume: &VolumeName, horizon: usize, now: UnixNanos) {
+        // Before that forecasts would only be evidence that has faded by the time that is judged.
+        let season = nanos(self.config.planner.scale.season());
+        let warm = |from: UnixNanos| from.saturating_sub(season.saturating_mul(WARM_UP_SEASONS));
+        if self.config.judge_from.is_some_and(|from| now < warm(from)) {
+            return;
+        }
         let Some(forecast) = self.forecaster.forecast(volume, horizon) else {
             return;
         };

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::burst::BurstRule;
 use crate::model::name::Name;
-use crate::model::{Happening, LoadBin, QuantileForecast, TimeScale, VolumeName};
+use crate::model::{Happening, LoadBin, Pace, QuantileForecast, TimeScale, VolumeName};
 use crate::seam::UnixNanos;
 use crate::window::EventRow;
 
@@ -167,6 +167,20 @@ pub enum Event {
         /// Its load in bytes per second.
         bytes_per_second: f64,
     },
+    /// How much a differential of a volume would hold if it were cut now.
+    ChangesCounted {
+        /// The volume.
+        volume: VolumeName,
+        /// In bytes.
+        bytes: u64,
+    },
+    /// What [`Command::Judge`] asked for.
+    Judged {
+        /// The group.
+        group: GroupName,
+        /// The log odds of beginning now; `None` where nothing can be said.
+        begin: Option<f32>,
+    },
     /// A forecast that was asked for.
     ForecastReady {
         /// The volume.
@@ -292,6 +306,16 @@ pub enum Command {
         volume: VolumeName,
         /// Bins ahead.
         horizon: usize,
+    },
+    /// Say whether to begin a capture now ([`crate::model::Forecaster::begin`]); to be answered by
+    /// [`Event::Judged`] at once.
+    Judge {
+        /// The group.
+        group: GroupName,
+        /// Its volumes.
+        volumes: Vec<VolumeName>,
+        /// How its interval stands.
+        pace: Pace,
     },
     /// Train the network in the background.
     Train {

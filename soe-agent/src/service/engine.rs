@@ -223,7 +223,14 @@ impl Engine for Arc<Agent> {
             let forecast = lock(&agent.mind).mixture.forecast(&name, bins).ok_or_else(|| {
                 EngineError::new(ErrorKind::Conflict, format!("nothing was observed of {volume} yet; the first bin of {:?} has to end first", agent.scale.bin()))
             })?;
+            let history = lock(&agent.mind)
+                .mixture
+                .recent(&name, forecast.rows.len())
+                .into_iter()
+                .map(|(start, load)| LoadPoint { start, load })
+                .collect();
             Ok(ForecastReport {
+                history,
                 predicted: agent.prediction(&volume, agent.clock.now()),
                 volume,
                 issued_at: forecast.issued_at,
@@ -240,6 +247,7 @@ impl Engine for Arc<Agent> {
                         q90: f64::from(row[3]),
                         q95: f64::from(row[4]),
                         q99: f64::from(row[5]),
+                        burst_probability: forecast.onset.get(index).map_or(0.0, |p| f64::from(*p)),
                     })
                     .collect(),
             })

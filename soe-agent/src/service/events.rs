@@ -8,14 +8,27 @@ use super::agent::{Agent, lock};
 use super::engine::service_error;
 use crate::api::engine::EngineError;
 use crate::api::types::{Event, EventQuery, WatchEvent};
+use crate::api::validate;
 use crate::history::{HistoryReader, Query};
 use crate::model::{Forecaster, VolumeName};
 use crate::plan;
 use crate::seam::{Clock, UnixNanos};
+use crate::sources::Sink;
 use crate::window::EventRow;
 
 /// How far back an event without a time of its own is looked for, in ns: a day of retries.
 const LATELY: i64 = 86_400_000_000_000;
+
+impl Sink for Arc<Agent> {
+    fn publish(&self, event: Event) -> Result<bool, EngineError> {
+        validate::event(&event)?;
+        self.take_event(event)
+    }
+
+    fn now(&self) -> UnixNanos {
+        self.clock.now()
+    }
+}
 
 impl Agent {
     pub(super) fn take_event(self: &Arc<Self>, event: Event) -> Result<bool, EngineError> {

@@ -412,6 +412,14 @@ impl Agent {
                     forecast: Arc::new(forecast),
                 });
             }
+            Command::Judge {
+                group,
+                volumes,
+                pace,
+            } => {
+                let begin = lock(&self.mind).mixture.begin(&volumes, pace);
+                return Some(Event::Judged { group, begin });
+            }
             Command::Train { reason } => {
                 tracing::info!(reason, "training");
                 let agent = self.clone();

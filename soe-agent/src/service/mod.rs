@@ -36,6 +36,7 @@ use crate::api::server::{ApiError, Listeners, ServiceState, service_notify};
 use crate::api::socket::SocketError;
 use crate::config::Config;
 use crate::metrics::Metrics;
+use crate::sources::{Sink, Sources};
 
 /// Why the daemon ended, or could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -201,6 +202,9 @@ async fn serve(
     let accept_events = listeners.accept_events();
     let serving = listeners.serve(Arc::new(agent.clone()), metrics, clock, stopped);
     tokio::pin!(serving);
+    let sink: Arc<dyn Sink> = Arc::new(agent.clone());
+    let mut sources = Sources::default();
+    sources.follow(&agent.config().event.source, &sink);
     service_notify(ServiceState::Ready("tracking"));
     tracing::info!("ready");
     loop {
@@ -211,11 +215,13 @@ async fn serve(
             _ = hup.recv() => {
                 service_notify(ServiceState::Reloading);
                 agent.reload(&accept_events);
+                sources.follow(&agent.config().event.source, &sink);
                 service_notify(ServiceState::Ready("tracking"));
             }
         }
     }
     tracing::info!("stopping");
+    sources.stop();
     agent
         .stopping
         .store(true, std::sync::atomic::Ordering::SeqCst);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::agent::{Agent, Entry, lock};
 use crate::layer::{GroupManifest, LayerKind};
 use crate::model::{Forecaster, Member, VolumeName};
+use crate::plan::Event;
 use crate::seam::{ChangeMap, Clock, UnixNanos};
 
 /// Between two looks.
@@ -43,7 +44,7 @@ pub(super) fn keep(agent: &Arc<Agent>) {
     }
 }
 
-fn publish(agent: &Agent, told: &mut Told) {
+fn publish(agent: &Arc<Agent>, told: &mut Told) {
     let metrics = &agent.metrics;
     let entries = agent.all_entries();
     metrics.volumes_tracked.set([], entries.len() as f64);
@@ -130,7 +131,7 @@ fn volume(agent: &Agent, entry: &Entry) {
     }
 }
 
-fn layers(agent: &Agent, manifests: &[Arc<GroupManifest>], name: &str, now: UnixNanos) {
+fn layers(agent: &Arc<Agent>, manifests: &[Arc<GroupManifest>], name: &str, now: UnixNanos) {
     let metrics = &agent.metrics;
     let of = || manifests.iter().filter_map(|m| Some((m, m.volume(name)?)));
     let baselines = of()
@@ -161,6 +162,12 @@ fn layers(agent: &Agent, manifests: &[Arc<GroupManifest>], name: &str, now: Unix
         },
     };
     metrics.changed_blocks_pending.set([name], blocks as f64);
+    if known.is_some() {
+        agent.apply(Event::ChangesCounted {
+            volume: name.into(),
+            bytes: blocks.saturating_mul(unit),
+        });
+    }
 }
 
 /// Ends the series of a volume that is in no group any more.

@@ -160,6 +160,11 @@ pub fn forecast() -> ForecastReport {
             q90: 4.0,
             q95: 5.0,
             q99: 6.0,
+            burst_probability: 0.25,
+        }],
+        history: vec![LoadPoint {
+            start: T0 - 60,
+            load: Some(7.0),
         }],
     }
 }

@@ -24,6 +24,9 @@ pub struct Args {
     /// it; 0 judges the network that ships alone
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=16))]
     folds: u32,
+    /// Leave LightGBM out
+    #[arg(long)]
+    no_peer: bool,
     /// The `soe` to measure, instead of one that is built now
     #[arg(long, value_name = "FILE")]
     soe: Option<PathBuf>,
@@ -106,6 +109,20 @@ impl Ground {
         run::output(&mut command, LIMIT).map(drop)
     }
 
+    /// The same protocol by LightGBM (`tests/forecast/lightgbm_peer.py`), trained on what is before.
+    fn peer(&self, verb: &str, scoring: &[&str], out: &Path) -> Result<()> {
+        let mut command = Command::new(&self.python);
+        command
+            .arg(place::root().join("tests/forecast/lightgbm_peer.py"))
+            .arg(verb)
+            .arg(&self.trace)
+            .args(["--from", &self.from])
+            .args(scoring)
+            .arg("--out")
+            .arg(out);
+        run::output(&mut command, LIMIT).map(drop)
+    }
+
     /// What the scorer says of raw outputs; of several, volume `i` is taken from the `i % n`th.
     fn score(&self, what: &str, raw: &[PathBuf], more: &[&str]) -> Result<Value> {
         let mut command = Command::new(&self.python);
@@ -130,7 +147,9 @@ fn python(folder: &Path) -> Result<PathBuf> {
         )?;
     }
     let mut install = Command::new(&python);
-    install.args(["-m", "pip", "install", "--quiet", "numpy", "pyarrow"]);
+    install.args([
+        "-m", "pip", "install", "--quiet", "numpy", "pyarrow", "lightgbm",
+    ]);
     run::check(&mut install, LIMIT)?;
     Ok(python)
 }
@@ -145,7 +164,12 @@ pub fn command(args: &Args) -> Result<i32> {
     }
     let ground = Ground::new(&args.trace, args.soe.as_ref())?;
     println!("judged from {} on, trained on what is before", ground.from);
-    let mut table = Table::new(&["", "network that ships", "volumes left out of training"]);
+    let mut table = Table::new(&[
+        "",
+        "network that ships",
+        "volumes left out of training",
+        "LightGBM",
+    ]);
     let shown = |value: &Value, key: &str| {
         value[key]
             .as_f64()
@@ -177,11 +201,20 @@ pub fn command(args: &Args) -> Result<i32> {
             true => Value::Null,
             false => ground.score(verb, &raw, scoring)?,
         };
+        let peer = match args.no_peer {
+            true => Value::Null,
+            false => {
+                let file = out(format!("{verb}-lightgbm"));
+                ground.peer(verb, scoring, &file)?;
+                ground.score(verb, &[file], scoring)?
+            }
+        };
         for key in keys {
             table.row(vec![
                 format!("{verb} {} {key}", options.join(" ")),
                 shown(&shipped, key),
                 shown(&left_out, key),
+                shown(&peer, key),
             ]);
         }
         Ok(())
@@ -192,7 +225,12 @@ pub fn command(args: &Args) -> Result<i32> {
     for (interval, length, bins, window) in WINDOWS {
         let options = ["--interval", interval, "--length", length];
         let scoring = ["--interval", bins, "--length", window];
-        judge("windows", &options, &scoring, &["median", "mean", "G"])?;
+        judge(
+            "windows",
+            &options,
+            &scoring,
+            &["median", "mean", "P95", "G"],
+        )?;
     }
     table.print();
     println!(

@@ -20,9 +20,10 @@ const PACKAGES: [&str; 5] = ["soe-common", "soe-ebpf", "soe-agent", "xtask", "te
 const AGENT: &str = "soe-agent/src/";
 
 /// Crates that only some places of the agent may name, and those places.
-const OWNED_CRATES: [(&[&str], &[&str]); 4] = [
+const OWNED_CRATES: [(&[&str], &[&str]); 5] = [
     (&["arrow", "parquet", "datafusion"], &["history/"]),
     (&["burn"], &["model/"]),
+    (&["zbus", "kube", "k8s_openapi"], &["sources/"]),
     (&["io_uring"], &["io/uring.rs", "io/uring/"]),
     (
         &["aya", "aya_obj", "aya_log"],

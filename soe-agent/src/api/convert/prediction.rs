@@ -2,7 +2,8 @@
 
 use super::{WireError, pb, required};
 use crate::api::types::{
-    Decision, EventEffect, ForecastPoint, ForecastReport, MemberScore, ModelReport, Prediction,
+    Decision, EventEffect, ForecastPoint, ForecastReport, LoadPoint, MemberScore, ModelReport,
+    Prediction,
 };
 
 impl From<Prediction> for pb::Prediction {
@@ -61,6 +62,7 @@ impl From<ForecastPoint> for pb::ForecastPoint {
             q90,
             q95,
             q99,
+            burst_probability,
         } = p;
         Self {
             start_unix_ns: start,
@@ -70,6 +72,7 @@ impl From<ForecastPoint> for pb::ForecastPoint {
             q90,
             q95,
             q99,
+            burst_probability,
         }
     }
 }
@@ -84,6 +87,7 @@ impl From<pb::ForecastPoint> for ForecastPoint {
             q90,
             q95,
             q99,
+            burst_probability,
         } = p;
         Self {
             start: start_unix_ns,
@@ -93,6 +97,25 @@ impl From<pb::ForecastPoint> for ForecastPoint {
             q90,
             q95,
             q99,
+            burst_probability,
+        }
+    }
+}
+
+impl From<LoadPoint> for pb::LoadPoint {
+    fn from(p: LoadPoint) -> Self {
+        Self {
+            start_unix_ns: p.start,
+            load: p.load,
+        }
+    }
+}
+
+impl From<pb::LoadPoint> for LoadPoint {
+    fn from(p: pb::LoadPoint) -> Self {
+        Self {
+            start: p.start_unix_ns,
+            load: p.load,
         }
     }
 }
@@ -105,6 +128,7 @@ impl From<ForecastReport> for pb::ForecastReport {
             bin_s: r.bin_s,
             predicted: Some(r.predicted.into()),
             points: r.points.into_iter().map(Into::into).collect(),
+            history: r.history.into_iter().map(Into::into).collect(),
         }
     }
 }
@@ -119,6 +143,7 @@ impl TryFrom<pb::ForecastReport> for ForecastReport {
             bin_s: r.bin_s,
             predicted: required(r.predicted, "predicted")?.into(),
             points: r.points.into_iter().map(Into::into).collect(),
+            history: r.history.into_iter().map(Into::into).collect(),
         })
     }
 }

@@ -16,8 +16,8 @@ pub use layer::{
     RestoreProgress, RestoreRequest, VerifyEvent,
 };
 pub use prediction::{
-    Decision, EventEffect, ForecastPoint, ForecastReport, MemberScore, ModelReport, Prediction,
-    TimeWindow,
+    Decision, EventEffect, ForecastPoint, ForecastReport, LoadPoint, MemberScore, ModelReport,
+    Prediction, TimeWindow,
 };
 pub use volume::{StageReport, StagingStatus, TraceReport, TrackingState, VolumeInfo};
 pub use watch::{LoadSample, WatchEvent, WatchItem};

@@ -64,6 +64,19 @@ pub struct ForecastPoint {
     pub q95: f64,
     /// 99 % quantile.
     pub q99: f64,
+    /// That a burst begins in the bin, 0 to 1.
+    #[serde(default)]
+    pub burst_probability: f64,
+}
+
+/// What happened in a bin.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoadPoint {
+    /// When it started.
+    #[serde(with = "rfc3339")]
+    pub start: UnixNanos,
+    /// Bytes read and written per second; `None` if it was not measured.
+    pub load: Option<f64>,
 }
 
 /// A forecast of one volume.
@@ -80,6 +93,9 @@ pub struct ForecastReport {
     pub predicted: Prediction,
     /// One point a bin, ascending.
     pub points: Vec<ForecastPoint>,
+    /// What was before, as many bins as are forecast, ascending.
+    #[serde(default)]
+    pub history: Vec<LoadPoint>,
 }
 
 /// How well one member did.

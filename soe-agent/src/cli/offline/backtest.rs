@@ -168,7 +168,7 @@ pub(in crate::cli) fn run(request: &Request) -> Result<Answer, CliError> {
                 )
                 .column(
                     "member",
-                    FlatColumn::Text(answers.into_iter().map(|a| a.member).collect()),
+                    FlatColumn::Text(answers.iter().map(|a| a.member.to_owned()).collect()),
                 )
         }
     };
@@ -261,7 +261,7 @@ pub(in crate::cli) struct PriorRequest {
 #[cfg(feature = "model")]
 pub(in crate::cli) fn train_prior(request: &PriorRequest) -> Result<TrainedInfo, CliError> {
     use crate::model::dataset::Dataset;
-    use crate::model::net::{Budget, train};
+    use crate::model::net::{Budget, train, train_windows};
     use crate::model::series::Series;
     let season = usize::try_from(DAY.as_nanos() / request.bin.as_nanos().max(1)).unwrap_or(0);
     let scale = TimeScale::new(request.bin, season).map_err(|e| CliError::Usage(e.to_string()))?;
@@ -295,7 +295,9 @@ pub(in crate::cli) fn train_prior(request: &PriorRequest) -> Result<TrainedInfo,
         ..Budget::default()
     };
     let never = std::sync::atomic::AtomicBool::new(false);
-    let trained = train(&dataset, budget, request.seed, None, &never)
+    let mut trained = train(&dataset, budget, request.seed, None, &never)
+        .map_err(|e| CliError::Failed(e.to_string()))?;
+    train_windows(&dataset, request.seed, &mut trained, &never)
         .map_err(|e| CliError::Failed(e.to_string()))?;
     trained
         .save(&request.out)

@@ -23,7 +23,13 @@ use crate::window::{EventRow, IoOp, IoRecord};
 const MAX_FORECAST_ROWS: usize = 2_000_000;
 
 /// Simulates the history in `dir`, one group a volume, and writes the outputs to `out`.
-pub(in crate::cli) fn simulate(dir: &Path, config: &Config, out: &Path) -> Result<Value, CliError> {
+/// Captures from `from` on are judged.
+pub(in crate::cli) fn simulate(
+    dir: &Path,
+    config: &Config,
+    from: Option<UnixNanos>,
+    out: &Path,
+) -> Result<Value, CliError> {
     let planner = planner(config)?;
     let history = read(dir, planner.scale)?;
     let groups = history
@@ -35,6 +41,7 @@ pub(in crate::cli) fn simulate(dir: &Path, config: &Config, out: &Path) -> Resul
     if let Bandwidth::BytesPerSecond(rate) = config.limits.capture_bandwidth {
         simulation.capture_rate = rate as f64;
     }
+    simulation.judge_from = from;
     let bins: usize = history.volumes.iter().map(|v| v.bins.len()).sum();
     simulation.record_every = (bins * SHORT_HORIZON).div_ceil(MAX_FORECAST_ROWS).max(1);
     let mut forecaster = Mixture::new(MixtureConfig::new(planner.scale));

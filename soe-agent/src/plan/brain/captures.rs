@@ -9,6 +9,9 @@ use crate::plan::types::{Action, CaptureHints, CaptureKind, Command, Decision, G
 use crate::plan::window::Window;
 use crate::seam::UnixNanos;
 
+/// What a capture of fewer bytes takes says nothing about its rate.
+const LEAST_CHANGED: u64 = 16 << 20;
+
 impl Brain {
     pub(super) fn capture_requested(
         &mut self,
@@ -77,29 +80,62 @@ impl Brain {
                 .map(|g| std::cmp::Reverse(g.spec.criticality))
         });
         for name in names {
-            if self.busy(&name).is_some() {
-                continue;
+            if !self.ask(&name, now, out) {
+                self.plan_capture(&name, now, out);
             }
-            let Some(group) = self.groups.get(&name) else {
-                continue;
-            };
-            if group.spec.volumes.is_empty() || group.not_before.is_some_and(|at| now < at) {
-                continue;
-            }
-            let intent = plan(&self.view(group, now), &self.config, now);
-            match intent {
-                Intent::Capture {
-                    kind,
-                    urgent,
-                    until,
-                    reason,
-                } => self.start_capture(&name, kind, urgent, until, reason, now, out),
-                Intent::Wait {
-                    waiting,
-                    window,
-                    reason,
-                } => self.wait(&name, waiting, window, &reason, now, out),
-            }
+        }
+    }
+
+    /// Asks whether to begin, if that is to be judged and was not yet at this moment; the answer plans.
+    fn ask(&mut self, name: &GroupName, now: UnixNanos, out: &mut Vec<Command>) -> bool {
+        let Some(group) = self.groups.get(name).filter(|_| self.busy(name).is_none()) else {
+            return false;
+        };
+        let view = self.view(group, now);
+        let newest = view.forecasts.iter().map(|f| f.issued_at).min();
+        let (Some(newest), Some(pace)) = (newest, view.pace(&self.config, now)) else {
+            return false;
+        };
+        let moment = (newest, self.config.scale.index_of(now));
+        if group.judged.is_some_and(|(asked, _)| asked == moment) {
+            return false;
+        }
+        out.push(Command::Judge {
+            group: name.clone(),
+            volumes: group.spec.volumes.clone(),
+            pace,
+        });
+        if let Some(group) = self.groups.get_mut(name) {
+            group.judged = Some((moment, None));
+        }
+        true
+    }
+
+    pub(super) fn plan_capture(
+        &mut self,
+        name: &GroupName,
+        now: UnixNanos,
+        out: &mut Vec<Command>,
+    ) {
+        let Some(group) = self.groups.get(name).filter(|_| self.busy(name).is_none()) else {
+            return;
+        };
+        if group.spec.volumes.is_empty() || group.not_before.is_some_and(|at| now < at) {
+            return;
+        }
+        let intent = plan(&self.view(group, now), &self.config, now);
+        match intent {
+            Intent::Capture {
+                kind,
+                urgent,
+                until,
+                reason,
+            } => self.start_capture(name, kind, urgent, until, reason, now, out),
+            Intent::Wait {
+                waiting,
+                window,
+                reason,
+            } => self.wait(name, waiting, window, &reason, now, out),
         }
     }
 
@@ -117,12 +153,18 @@ impl Brain {
             .iter()
             .map(|(_, v)| self.fresh(v, now))
             .sum::<Option<f64>>();
+        let expected = self
+            .changed(&group.spec.volumes)
+            .zip(group.rate)
+            .map(|(bytes, rate)| bytes as f64 / rate)
+            .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+            .unwrap_or_default();
         GroupView {
             spec: &group.spec,
             created_at: group.created_at,
             last_capture: group.last_capture,
             last_baseline: group.last_baseline,
-            differential_takes: group.differential_takes,
+            differential_takes: group.differential_takes.max(expected),
             baseline_takes: group.baseline_takes,
             forecasts: forecasts.filter(|_| all).unwrap_or_default(),
             observed: observed.filter(|_| all),
@@ -131,7 +173,16 @@ impl Brain {
                 .iter()
                 .find(|(_, v)| self.in_burst(v, now))
                 .map(|(name, _)| *name),
+            begin: group.judged.and_then(|(_, begin)| begin),
         }
+    }
+
+    /// Bytes that the next differential of these volumes would hold, as far as they were counted.
+    fn changed(&self, volumes: &[VolumeName]) -> Option<u64> {
+        volumes
+            .iter()
+            .map(|name| self.volumes.get(name)?.changed)
+            .sum()
     }
 
     #[expect(
@@ -153,6 +204,7 @@ impl Brain {
         };
         group.waiting = None;
         group.window = None;
+        group.judged = None;
         for volume in &group.spec.volumes {
             out.push(Command::RecordDecision(Decision {
                 at: now,
@@ -174,8 +226,10 @@ impl Brain {
             },
             reason,
         });
+        let volumes = group.spec.volumes.clone();
         let capture = Capture {
-            volumes: group.spec.volumes.clone(),
+            changed: self.changed(&volumes),
+            volumes,
             kind,
             since: now,
         };
@@ -222,6 +276,12 @@ impl Brain {
         now: UnixNanos,
     ) {
         let capture = self.captures.remove(name);
+        for volume in capture.iter().flat_map(|c| &c.volumes) {
+            if let Some(volume) = self.volumes.get_mut(volume) {
+                // Until it is counted again.
+                volume.changed = None;
+            }
+        }
         let Some(group) = self.groups.get_mut(name) else {
             return;
         };
@@ -240,6 +300,11 @@ impl Brain {
                 CaptureKind::Differential => &mut group.differential_takes,
             };
             *known = (*known * 7 + took * 3) / 10;
+            let bytes = capture.changed.filter(|b| *b >= LEAST_CHANGED);
+            if let (CaptureKind::Differential, Some(bytes)) = (kind, bytes) {
+                let rate = bytes as f64 / took.as_secs_f64().max(1e-3);
+                group.rate = Some(group.rate.map_or(rate, |before| 0.7 * before + 0.3 * rate));
+            }
         }
     }
 

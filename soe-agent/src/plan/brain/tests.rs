@@ -70,6 +70,15 @@ impl World {
                         self.apply(Event::ForecastReady { volume, forecast });
                     }
                 }
+                Command::Judge {
+                    group,
+                    volumes,
+                    pace,
+                } => {
+                    let begin = self.forecaster.begin(volumes, *pace);
+                    let group = group.clone();
+                    self.apply(Event::Judged { group, begin });
+                }
                 Command::StartCapture { group, .. } => {
                     assert!(!self.running.contains(group), "{group} twice at once");
                     self.running.push(group.clone());
@@ -135,7 +144,7 @@ fn assert_recorded(commands: &[Command], now: UnixNanos) {
             Command::Train { reason } | Command::RefuseCapture { reason, .. } => {
                 assert!(!reason.is_empty());
             }
-            Command::Forecast { .. } | Command::RecordDecision(_) => {}
+            Command::Forecast { .. } | Command::Judge { .. } | Command::RecordDecision(_) => {}
         }
     }
 }

@@ -1,0 +1,208 @@
+//! A drop folder: every `*.json` in it is one CloudEvent or an array of them.
+//!
+//! A file is removed once its events would survive a crash; one that is no event is moved to `refused`
+//! beside a text that says why. Writers make a file complete under another name (one that begins with a
+//! dot, say) and rename it.
+
+use std::fs;
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::Outlet;
+use crate::api::cloudevents;
+use crate::api::types::Event;
+use crate::api::validate;
+use crate::seam::UnixNanos;
+
+/// Between two looks.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Larger files are refused.
+const MOST_BYTES: u64 = 1 << 20;
+/// Files taken in one look.
+const MOST_FILES: usize = 256;
+/// Where files go that are no events.
+const REFUSED: &str = "refused";
+
+/// Takes what is dropped until the folder cannot be used any more; says why then.
+pub async fn follow(dir: &Path, outlet: &mut Outlet) -> String {
+    loop {
+        if let Err(why) = take_all(dir, outlet).await {
+            return why;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Takes what lies there now.
+///
+/// # Errors
+/// In words, if the folder cannot be used or an event not be kept.
+pub async fn take_all(dir: &Path, outlet: &mut Outlet) -> Result<(), String> {
+    for file in waiting(dir)? {
+        match read(&file, outlet.now()) {
+            Ok(Some(events)) => {
+                outlet
+                    .publish_all(events)
+                    .await
+                    .map_err(|e| format!("{}: {e}", file.display()))?;
+                // If this fails the file is taken again, and its events are known.
+                fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+            }
+            Ok(None) => {}
+            Err(why) => refuse(dir, &file, &why)?,
+        }
+    }
+    Ok(())
+}
+
+/// The files that wait, by name.
+fn waiting(dir: &Path) -> Result<Vec<PathBuf>, String> {
+    let error = |e: std::io::Error| format!("folder {}: {e}", dir.display());
+    let meta = fs::metadata(dir).map_err(error)?;
+    if !meta.is_dir() {
+        return Err(format!("{} is no folder", dir.display()));
+    }
+    if meta.permissions().mode() & 0o002 != 0 {
+        return Err(format!(
+            "folder {} can be written by everyone, so anyone could announce anything; take that right away",
+            dir.display()
+        ));
+    }
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).map_err(error)? {
+        let entry = entry.map_err(error)?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if is_file && name.ends_with(".json") && !name.starts_with('.') {
+            files.push(entry.path());
+        }
+    }
+    files.sort();
+    files.truncate(MOST_FILES);
+    Ok(files)
+}
+
+/// The events of a file; `None` if it is gone.
+fn read(file: &Path, now: UnixNanos) -> Result<Option<Vec<Event>>, String> {
+    let mut bytes = Vec::new();
+    let opened = match fs::File::open(file) {
+        Ok(opened) => opened,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e.to_string()),
+    };
+    opened
+        .take(MOST_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| e.to_string())?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(format!("it is larger than {MOST_BYTES} bytes"));
+    }
+    let events = cloudevents::from_json(&bytes, now).map_err(|e| e.to_string())?;
+    for event in &events {
+        validate::event(event).map_err(|e| e.to_string())?;
+    }
+    Ok(Some(events))
+}
+
+fn refuse(dir: &Path, file: &Path, why: &str) -> Result<(), String> {
+    tracing::warn!(file = %file.display(), why, "no event");
+    let refused = dir.join(REFUSED);
+    let name = file.file_name().unwrap_or_default();
+    let to = refused.join(name);
+    let moved = fs::create_dir_all(&refused).and_then(|()| {
+        fs::write(to.with_extension("why"), format!("{why}\n"))?;
+        fs::rename(file, &to)
+    });
+    moved.map_err(|e| {
+        format!(
+            "{} cannot be moved to {}: {e}",
+            file.display(),
+            refused.display()
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Sink;
+    use super::*;
+    use crate::api::engine::{EngineError, ErrorKind};
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Default)]
+    struct Taken(Mutex<Vec<Event>>, Mutex<bool>);
+
+    impl Sink for Taken {
+        fn publish(&self, event: Event) -> Result<bool, EngineError> {
+            if *self.1.lock().unwrap() {
+                return Err(EngineError::new(ErrorKind::Exhausted, "the disk is full"));
+            }
+            self.0.lock().unwrap().push(event);
+            Ok(true)
+        }
+
+        fn now(&self) -> UnixNanos {
+            7
+        }
+    }
+
+    const EVENT: &str =
+        r#"{"specversion":"1.0","id":"a","source":"/ci","type":"com.example.deployment"}"#;
+
+    fn look(dir: &Path, taken: &Arc<Taken>) -> Result<(), String> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(take_all(dir, &mut Outlet::new(taken.clone())))
+    }
+
+    #[test]
+    fn a_file_is_taken_once_kept_and_a_wrong_one_is_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let taken = Arc::new(Taken::default());
+        fs::write(dir.path().join("1.json"), EVENT).unwrap();
+        fs::write(dir.path().join("2.json"), format!("[{EVENT},{EVENT}]")).unwrap();
+        fs::write(dir.path().join("3.json"), "{}").unwrap();
+        fs::write(
+            dir.path().join("4.json"),
+            vec![b' '; MOST_BYTES as usize + 1],
+        )
+        .unwrap();
+        fs::write(dir.path().join(".5.json"), "half").unwrap();
+        look(dir.path(), &taken).unwrap();
+        assert_eq!(taken.0.lock().unwrap().len(), 3);
+        let left = |name: &str| dir.path().join(name).exists();
+        assert!(!left("1.json") && !left("2.json") && left(".5.json"));
+        assert!(left("refused/3.json") && left("refused/4.json"));
+        let why = fs::read_to_string(dir.path().join("refused/3.why")).unwrap();
+        assert!(why.contains("specversion"), "{why}");
+    }
+
+    #[test]
+    fn what_cannot_be_kept_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let taken = Arc::new(Taken::default());
+        *taken.1.lock().unwrap() = true;
+        fs::write(dir.path().join("1.json"), EVENT).unwrap();
+        let why = look(dir.path(), &taken).unwrap_err();
+        assert!(why.contains("the disk is full"), "{why}");
+        assert!(dir.path().join("1.json").exists());
+        *taken.1.lock().unwrap() = false;
+        look(dir.path(), &taken).unwrap();
+        assert!(!dir.path().join("1.json").exists());
+    }
+
+    #[test]
+    fn a_folder_that_everyone_can_write_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let why = look(dir.path(), &Arc::default()).unwrap_err();
+        assert!(why.contains("everyone"), "{why}");
+        let gone = dir.path().join("none");
+        assert!(look(&gone, &Arc::default()).is_err());
+    }
+}
