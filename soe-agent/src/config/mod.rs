@@ -213,10 +213,7 @@ impl Config {
 
     /// Whether `POST /events` is open.
     pub fn accepts_cloudevents(&self) -> bool {
-        self.event
-            .source
-            .iter()
-            .any(|s| *s == EventSource::Cloudevents)
+        self.event.source.contains(&EventSource::Cloudevents)
     }
 
     /// This configuration with what of `new` takes effect at once.

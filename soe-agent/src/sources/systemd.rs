@@ -221,7 +221,7 @@ async fn next_elapse(connection: &Connection, path: &ObjectPath<'_>) -> zbus::Re
         )
         .await?;
     let value: OwnedVariant = answer.body().deserialize()?;
-    Ok(u64::try_from(value)?)
+    u64::try_from(value)
 }
 
 fn text(value: &OwnedVariant) -> Option<String> {
