@@ -251,3 +251,138 @@ fn begins(
     });
     (best.is_none_or(|window| window.start <= now), "forecast")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::LoadBin;
+    use crate::model::mixture::{Mixture, MixtureConfig};
+    use crate::model::weights::prior;
+
+    const BIN: i64 = 10_000_000_000;
+    const DAY: usize = 48;
+    const DAYS: usize = 14;
+    /// From here on the altered history is another one.
+    const CUT: usize = 11 * DAY + 17;
+
+    fn scale() -> TimeScale {
+        TimeScale::new(Duration::from_secs(10), DAY).unwrap()
+    }
+
+    fn history(altered: bool) -> Vec<VolumeHistory> {
+        let bins = (0..DAYS * DAY)
+            .map(|i| {
+                let noise = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 44;
+                let burst = if i % 13 < 2 { 100.0 } else { 1.0 };
+                let load = match altered && i >= CUT {
+                    true => 1e9 * (1.0 + (i % 5) as f64),
+                    false => 1e4 * burst * (1.0 + (noise % 1000) as f64 / 1e3),
+                };
+                Some(LoadBin {
+                    read_bytes: load,
+                    ..LoadBin::default()
+                })
+            })
+            .collect();
+        vec![VolumeHistory {
+            name: "v".into(),
+            start: 0,
+            bins,
+        }]
+    }
+
+    fn course() -> Course<'static> {
+        Course {
+            scale: scale(),
+            from: 8 * DAY as i64 * BIN,
+            trainer: None,
+            train_every: Duration::from_secs(1),
+            events: &[],
+        }
+    }
+
+    fn forecaster() -> Mixture {
+        let mut mixture = Mixture::new(MixtureConfig::new(scale()));
+        if let Ok(prior) = prior() {
+            let _ = mixture.set_prior(&prior);
+        }
+        mixture
+    }
+
+    fn windows_of(altered: bool) -> Vec<WindowAnswer> {
+        let mut answers = Vec::new();
+        let (interval, length) = (Duration::from_secs(240), Duration::from_secs(20));
+        windows(
+            &history(altered),
+            course(),
+            &mut forecaster(),
+            interval,
+            length,
+            &mut |answer| answers.push(answer),
+        );
+        answers
+    }
+
+    #[test]
+    fn nothing_issued_before_a_time_depends_on_what_came_after_it() {
+        let at = CUT as i64 * BIN;
+        let loads = |altered| {
+            let mut all = Vec::new();
+            let (horizon, every) = (Duration::from_secs(120), Duration::from_secs(30));
+            load(
+                &history(altered),
+                course(),
+                &mut forecaster(),
+                horizon,
+                every,
+                &mut |_, forecast| all.push(forecast),
+            );
+            all
+        };
+        let before = |all: Vec<QuantileForecast>| -> Vec<QuantileForecast> {
+            all.into_iter().filter(|f| f.issued_at <= at).collect()
+        };
+        let (a, b) = (loads(false), loads(true));
+        assert_ne!(a, b);
+        let (a, b) = (before(a), before(b));
+        assert!(a.len() > 20);
+        assert_eq!(a, b);
+
+        let answers = |altered| {
+            let mut all = Vec::new();
+            let (lead, window) = (Duration::from_secs(10), Duration::from_secs(60));
+            bursts(
+                &history(altered),
+                course(),
+                &mut forecaster(),
+                lead,
+                window,
+                &mut |answer| all.push(answer),
+            );
+            all.retain(|answer: &BurstAnswer| answer.issued_at <= at);
+            all
+        };
+        assert!(answers(false).len() > 100);
+        assert_eq!(answers(false), answers(true));
+
+        // A window is issued when it begins.
+        let begun = |altered| {
+            let mut all = windows_of(altered);
+            all.retain(|answer| answer.window_start <= at);
+            all
+        };
+        assert!(begun(false).len() > 4);
+        assert_eq!(begun(false), begun(true));
+    }
+
+    #[test]
+    fn every_interval_has_one_window_wholly_inside() {
+        let answers = windows_of(false);
+        assert_eq!(answers.len(), (DAYS - 8) * 2);
+        for (nth, answer) in answers.iter().enumerate() {
+            let start = (8 * DAY as i64 + nth as i64 * 24) * BIN;
+            assert_eq!(answer.interval_start, start);
+            assert!((start..=start + 22 * BIN).contains(&answer.window_start));
+        }
+    }
+}
