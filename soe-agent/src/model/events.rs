@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::baselines::{Smoothed, pinball};
 use super::series::{Known, Series, from_log_load, log_load};
-use super::{QuantileRow, VolumeName};
+use super::{QuantileRow, SHORT_HORIZON, VolumeName};
 use crate::seam::UnixNanos;
 
 /// Bins from an event on in which its effect is looked for: two hours of five-minute bins.
@@ -68,6 +68,8 @@ struct Active {
 #[derive(Clone, Debug, Default)]
 struct Effect {
     events: f64,
+    /// The bin of the newest one.
+    newest: i64,
     /// Sum of the deviations of the log load, and number of them, by age.
     deviation: [f64; AGES],
     seen: [f64; AGES],
@@ -174,13 +176,28 @@ impl Events {
                 continue;
             }
             if self.active.len() >= MOST_ACTIVE {
-                self.active.pop_front();
+                self.make_room(next);
             }
             self.active.push_back(Active {
                 happening,
                 bin,
                 without: None,
             });
+        }
+    }
+
+    /// Forgets the event that was over first, or else the one that is farthest ahead.
+    fn make_room(&mut self, next: i64) {
+        let over = |active: &Active| active.bin + AGES as i64 <= next;
+        let worst = (0..self.active.len()).max_by_key(|i| {
+            let active = &self.active[*i];
+            match over(active) {
+                true => (1, -active.bin),
+                false => (0, active.bin),
+            }
+        });
+        if let Some(worst) = worst {
+            self.active.remove(worst);
         }
     }
 
@@ -200,8 +217,8 @@ impl Events {
             if active.without.is_none() {
                 let before = usize::try_from(active.bin - known.first).unwrap_or(0);
                 active.without = Some(Smoothed::of(series.until(before)).level);
-                let key = active.happening.clone();
-                self.begin(key);
+                let (key, bin) = (active.happening.clone(), active.bin);
+                self.begin(key, bin);
             }
             let active = &self.active[index];
             let (Some(without), true) = (active.without, row.known) else {
@@ -223,24 +240,21 @@ impl Events {
     }
 
     /// Another event of a kind begins: what was learnt before counts less.
-    fn begin(&mut self, key: Key) {
+    fn begin(&mut self, key: Key, bin: i64) {
         if !self.effects.contains_key(&key) && self.effects.len() >= MOST_KINDS {
-            let rarest = self
+            // Subjects that come once, such as the number of a build, make room first.
+            let oldest = self
                 .effects
                 .iter()
-                .min_by(|a, b| a.1.events.total_cmp(&b.1.events))
+                .min_by_key(|(_, effect)| (effect.learnt(), effect.newest))
                 .map(|(key, _)| key.clone());
-            if let Some(rarest) = rarest {
-                self.effects.remove(&rarest);
+            if let Some(oldest) = oldest {
+                self.effects.remove(&oldest);
             }
         }
-        for (other, effect) in &mut self.effects {
-            // Those that are never seen again make room for others in the end.
-            let keep = if *other == key { KEEP } else { 0.999 };
-            effect.events *= keep;
-        }
         let effect = self.effects.entry(key).or_default();
-        effect.events += 1.0;
+        effect.newest = bin;
+        effect.events = effect.events * KEEP + 1.0;
         effect.moved *= KEEP;
         effect.unmoved *= KEEP;
         for counts in [&mut effect.deviation, &mut effect.seen, &mut effect.onsets] {
@@ -291,6 +305,8 @@ impl Events {
             if self.effects.get(key).is_some_and(Effect::believed) {
                 add(rows, &shift);
             }
+            // No more of it is judged.
+            moved.truncate(SHORT_HORIZON);
             all.push(Moved {
                 key: key.clone(),
                 rows: moved,
@@ -315,7 +331,7 @@ impl Events {
     /// Adds to the probabilities that a burst begins, by bin, what events bring.
     pub fn raise_onsets(&self, known: Known<'_>, onsets: &mut [f32]) {
         let next = known.next_index();
-        for (active, effect) in self.effective() {
+        for (active, effect) in self.effective().filter(|(_, e)| e.believed()) {
             for (lead, p) in onsets.iter_mut().enumerate() {
                 let more = effect.onset(next + lead as i64 - active.bin);
                 *p = (1.0 - (1.0 - f64::from(*p)) * (1.0 - more)).clamp(0.0, 1.0) as f32;

@@ -358,12 +358,14 @@ impl Forecaster for Mixture {
             .map(|name| Some(self.volumes.get(name)?.series.known()))
             .collect();
         let past = Past::of(&known?, pace.length)?;
+        let season = self.config.scale.season_bins();
+        let later = pace.later.min(season.saturating_sub(pace.length));
         let inputs = past.inputs(Start {
             bins: past.bins(),
-            later: pace.later,
+            later,
             passed: pace.passed,
         })?;
-        Some(window.log_odds(&inputs, pace.later))
+        Some(window.log_odds(&inputs, later))
     }
 
     fn serving(&self, volume: &VolumeName) -> Option<Serving> {

@@ -158,6 +158,7 @@ impl Brain {
                 if let Some(group) = self.groups.get_mut(&spec.name) {
                     group.spec = spec;
                     group.waiting = None;
+                    group.judged = None;
                 }
             }
             Event::GroupDeleted { group } => {

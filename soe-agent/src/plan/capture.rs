@@ -52,6 +52,9 @@ pub enum Waiting {
     NoForecast,
 }
 
+/// Starts an interval must have for the network to be asked when to begin.
+const LEAST_STARTS: usize = 6;
+
 /// What to do about a group.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Intent {
@@ -115,18 +118,24 @@ impl GroupView<'_> {
     /// the group may and must be captured, and with forecasts of all its volumes.
     pub fn pace(&self, config: &PlannerConfig, now: UnixNanos) -> Option<Pace> {
         let schedule = self.schedule(config);
+        let bin = config.scale.bin_nanos();
         let open = (schedule.earliest..schedule.latest).contains(&now);
-        if !self.spec.prediction_enabled || self.forecasts.is_empty() || !open {
+        // What was known some bins ago says nothing of now, and a first layer is not to wait.
+        let stale = |f: &&QuantileForecast| now.saturating_sub(f.issued_at) > 2 * bin;
+        let asked = self.spec.prediction_enabled && self.last_capture.is_some();
+        if !asked || !open || self.forecasts.is_empty() || self.forecasts.iter().any(stale) {
             return None;
         }
-        let bin = config.scale.bin_nanos();
         let bins = |span: i64| usize::try_from(span / bin).unwrap_or(0);
         let (kind, _) = self.kind(config, now, false);
-        Some(Pace {
+        let pace = Pace {
             later: bins(schedule.latest - now),
             passed: bins(now - schedule.earliest),
             length: bins(nanos(self.takes(kind)).saturating_add(bin - 1)).max(1),
-        })
+        };
+        // Intervals of fewer starts were not trained on, and with the last start there is no choice.
+        let starts = pace.passed + pace.later + 1;
+        (pace.later > 0 && starts >= LEAST_STARTS).then_some(pace)
     }
 
     fn takes(&self, kind: CaptureKind) -> Duration {
@@ -495,10 +504,22 @@ mod tests {
         loads[7] = LOW;
         let f = forecast(&loads);
         let mut v = view(&spec, vec![&f]);
-        let pace = v.pace(&config(), 55 * S).unwrap();
-        assert_eq!((pace.length, pace.passed), (1, 0));
-        assert_eq!(v.pace(&config(), 40 * S), None, "the layer is fresh");
-        assert_eq!(v.pace(&config(), 99 * S), None, "the deadline decides");
+        assert_eq!(v.pace(&config(), 55 * S), None, "five starts are too few");
+        let mut long = spec.clone();
+        long.rpo = Duration::from_secs(200);
+        let mut fresh = f.clone();
+        fresh.issued_at = 110 * S;
+        let mut w = view(&long, vec![&fresh]);
+        let pace = w.pace(&config(), 120 * S).unwrap();
+        assert_eq!((pace.length, pace.passed), (1, 2));
+        assert_eq!(w.pace(&config(), 90 * S), None, "the layer is fresh");
+        assert_eq!(w.pace(&config(), 140 * S), None, "what is known is old");
+        w.last_capture = None;
+        assert_eq!(
+            w.pace(&config(), 120 * S),
+            None,
+            "a first layer does not wait"
+        );
         v.begin = Some(1.0);
         assert!(matches!(
             plan(&v, &config(), 55 * S),

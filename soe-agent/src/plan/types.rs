@@ -135,13 +135,15 @@ impl ExternalEvent {
 
 impl From<EventRow> for ExternalEvent {
     fn from(row: EventRow) -> Self {
+        // That a timer elapses announces no burst; what it does to the load is learnt.
+        let announces = row.source != crate::sources::SYSTEMD;
         Self {
             id: row.id,
             kind: row.kind,
             subject: row.subject,
-            at: row.ts,
+            at: row.expected.unwrap_or(row.ts),
             volumes: row.volumes.iter().map(|v| VolumeName::from(&**v)).collect(),
-            burst_expected_at: row.expected,
+            burst_expected_at: row.expected.filter(|_| announces),
         }
     }
 }

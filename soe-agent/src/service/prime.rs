@@ -69,7 +69,8 @@ impl Agent {
                         start,
                         load,
                     };
-                    let _ = mind.brain.apply(event, start + bin);
+                    // At the time it is: for the brain the clock would have gone back by days.
+                    let _ = mind.brain.apply(event, now);
                 }
             }
             for (_, event) in events {

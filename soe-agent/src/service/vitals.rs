@@ -162,12 +162,10 @@ fn layers(agent: &Arc<Agent>, manifests: &[Arc<GroupManifest>], name: &str, now:
         },
     };
     metrics.changed_blocks_pending.set([name], blocks as f64);
-    if known.is_some() {
-        agent.apply(Event::ChangesCounted {
-            volume: name.into(),
-            bytes: blocks.saturating_mul(unit),
-        });
-    }
+    agent.apply(Event::ChangesCounted {
+        volume: name.into(),
+        bytes: blocks.saturating_mul(unit),
+    });
 }
 
 /// Ends the series of a volume that is in no group any more.

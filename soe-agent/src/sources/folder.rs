@@ -6,11 +6,11 @@
 
 use std::fs;
 use std::io::{ErrorKind, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::Outlet;
+use super::{Outlet, Sink};
 use crate::api::cloudevents;
 use crate::api::types::Event;
 use crate::api::validate;
@@ -28,45 +28,60 @@ const REFUSED: &str = "refused";
 /// Takes what is dropped until the folder cannot be used any more; says why then.
 pub async fn follow(dir: &Path, outlet: &mut Outlet) -> String {
     loop {
-        if let Err(why) = take_all(dir, outlet).await {
-            return why;
+        let (dir, sink) = (dir.to_owned(), outlet.sink());
+        // Waits for the disk.
+        let looked = tokio::task::spawn_blocking(move || take_all(&dir, &*sink));
+        match looked.await {
+            Ok(Ok(())) => {}
+            Ok(Err(why)) => return why,
+            Err(ended) => return format!("the look into the folder ended unexpectedly: {ended}"),
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 
-/// Takes what lies there now.
+/// Takes what lies there now. A file that cannot be taken does not hold up the others.
 ///
 /// # Errors
-/// In words, if the folder cannot be used or an event not be kept.
-pub async fn take_all(dir: &Path, outlet: &mut Outlet) -> Result<(), String> {
+/// In words, if the folder cannot be used or something not be taken; the first of them.
+pub fn take_all(dir: &Path, sink: &dyn Sink) -> Result<(), String> {
+    let mut first = Ok(());
     for file in waiting(dir)? {
-        match read(&file, outlet.now()) {
-            Ok(Some(events)) => {
-                outlet
-                    .publish_all(events)
-                    .await
-                    .map_err(|e| format!("{}: {e}", file.display()))?;
-                // If this fails the file is taken again, and its events are known.
-                fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
-            }
-            Ok(None) => {}
-            Err(why) => refuse(dir, &file, &why)?,
-        }
+        let taken = take(dir, &file, sink).map_err(|why| format!("{}: {why}", file.display()));
+        first = first.and(taken);
     }
-    Ok(())
+    first
+}
+
+fn take(dir: &Path, file: &Path, sink: &dyn Sink) -> Result<(), String> {
+    match read(file, sink.now()) {
+        Ok(Some(events)) => {
+            for event in events {
+                sink.publish(event).map_err(|e| e.to_string())?;
+            }
+            // If this fails the file is taken again, and its events are known.
+            match fs::remove_file(file) {
+                Err(e) if e.kind() != ErrorKind::NotFound => Err(e.to_string()),
+                _ => Ok(()),
+            }
+        }
+        Ok(None) => Ok(()),
+        Err(why) => refuse(dir, file, &why),
+    }
 }
 
 /// The files that wait, by name.
 fn waiting(dir: &Path) -> Result<Vec<PathBuf>, String> {
     let error = |e: std::io::Error| format!("folder {}: {e}", dir.display());
-    let meta = fs::metadata(dir).map_err(error)?;
+    let meta = fs::symlink_metadata(dir).map_err(error)?;
     if !meta.is_dir() {
         return Err(format!("{} is no folder", dir.display()));
     }
-    if meta.permissions().mode() & 0o002 != 0 {
+    // Who can write there could announce anything, and lay links for the agent to follow.
+    let own = rustix::process::geteuid().as_raw();
+    if meta.permissions().mode() & 0o022 != 0 || ![0, own].contains(&meta.uid()) {
         return Err(format!(
-            "folder {} can be written by everyone, so anyone could announce anything; take that right away",
+            "folder {} can be written by others than the agent's user; give it to that user with mode 0755 or less",
             dir.display()
         ));
     }
@@ -79,20 +94,29 @@ fn waiting(dir: &Path) -> Result<Vec<PathBuf>, String> {
         if is_file && name.ends_with(".json") && !name.starts_with('.') {
             files.push(entry.path());
         }
+        if files.len() == MOST_FILES {
+            break;
+        }
     }
     files.sort();
-    files.truncate(MOST_FILES);
     Ok(files)
 }
 
 /// The events of a file; `None` if it is gone.
 fn read(file: &Path, now: UnixNanos) -> Result<Option<Vec<Event>>, String> {
     let mut bytes = Vec::new();
-    let opened = match fs::File::open(file) {
+    let mut options = fs::OpenOptions::new();
+    options
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let opened = match options.open(file) {
         Ok(opened) => opened,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e.to_string()),
     };
+    if !opened.metadata().is_ok_and(|meta| meta.is_file()) {
+        return Err("it is no file".to_owned());
+    }
     opened
         .take(MOST_BYTES + 1)
         .read_to_end(&mut bytes)
@@ -116,18 +140,11 @@ fn refuse(dir: &Path, file: &Path, why: &str) -> Result<(), String> {
         fs::write(to.with_extension("why"), format!("{why}\n"))?;
         fs::rename(file, &to)
     });
-    moved.map_err(|e| {
-        format!(
-            "{} cannot be moved to {}: {e}",
-            file.display(),
-            refused.display()
-        )
-    })
+    moved.map_err(|e| format!("it cannot be moved to {}: {e}", refused.display()))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Sink;
     use super::*;
     use crate::api::engine::{EngineError, ErrorKind};
     use std::sync::{Arc, Mutex};
@@ -153,11 +170,7 @@ mod tests {
         r#"{"specversion":"1.0","id":"a","source":"/ci","type":"com.example.deployment"}"#;
 
     fn look(dir: &Path, taken: &Arc<Taken>) -> Result<(), String> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(take_all(dir, &mut Outlet::new(taken.clone())))
+        take_all(dir, &**taken)
     }
 
     #[test]
@@ -191,17 +204,23 @@ mod tests {
         let why = look(dir.path(), &taken).unwrap_err();
         assert!(why.contains("the disk is full"), "{why}");
         assert!(dir.path().join("1.json").exists());
+        // A link is not followed, wherever it leads.
+        let secret = dir.path().join("secret");
+        fs::write(&secret, EVENT).unwrap();
+        std::os::unix::fs::symlink(&secret, dir.path().join("0.json")).unwrap();
         *taken.1.lock().unwrap() = false;
         look(dir.path(), &taken).unwrap();
         assert!(!dir.path().join("1.json").exists());
     }
 
     #[test]
-    fn a_folder_that_everyone_can_write_is_refused() {
+    fn a_folder_that_others_can_write_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        let why = look(dir.path(), &Arc::default()).unwrap_err();
-        assert!(why.contains("everyone"), "{why}");
+        for mode in [0o777, 0o775] {
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+            let why = look(dir.path(), &Arc::default()).unwrap_err();
+            assert!(why.contains("by others"), "{why}");
+        }
         let gone = dir.path().join("none");
         assert!(look(&gone, &Arc::default()).is_err());
     }

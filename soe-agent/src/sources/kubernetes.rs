@@ -4,7 +4,7 @@
 //! Objects are watched (list, then watch, again from where it ended; kube's watcher does that); what an
 //! event is follows from how an object differs from what was seen of it before.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
@@ -35,10 +35,15 @@ pub struct Object {
     pub subject: String,
     /// Pods wanted.
     pub replicas: Option<i32>,
-    /// What its pods are made of.
-    pub template: Option<PodTemplateSpec>,
+    /// The hash of what its pods are made of.
+    pub template: Option<[u8; 32]>,
     /// Whether a pod runs.
     pub running: bool,
+}
+
+fn hash(template: &PodTemplateSpec) -> Option<[u8; 32]> {
+    let text = serde_json::to_vec(template).ok()?;
+    Some(*blake3::hash(&text).as_bytes())
 }
 
 fn base(what: &'static str, meta: &ObjectMeta) -> Object {
@@ -59,7 +64,7 @@ impl From<Deployment> for Object {
         let spec = object.spec.unwrap_or_default();
         Self {
             replicas: spec.replicas,
-            template: Some(spec.template),
+            template: hash(&spec.template),
             ..base("deployment", &object.metadata)
         }
     }
@@ -70,7 +75,7 @@ impl From<StatefulSet> for Object {
         let spec = object.spec.unwrap_or_default();
         Self {
             replicas: spec.replicas,
-            template: Some(spec.template),
+            template: hash(&spec.template),
             ..base("statefulset", &object.metadata)
         }
     }
@@ -143,7 +148,7 @@ pub fn events(before: Option<&Object>, now: Option<&Object>, at: UnixNanos) -> V
 pub struct Seen {
     objects: HashMap<String, Object>,
     /// Objects that a list under way has named so far, by kind; what it does not name is gone.
-    listing: HashMap<&'static str, Vec<String>>,
+    listing: HashMap<&'static str, HashSet<String>>,
     /// Kinds that have been listed before: what is there at first has not just come.
     listed: Vec<&'static str>,
 }
@@ -159,14 +164,14 @@ impl Seen {
         let known = self.listed.contains(&what);
         match said {
             watcher::Event::Init => {
-                self.listing.insert(what, Vec::new());
+                self.listing.insert(what, HashSet::new());
                 Vec::new()
             }
             watcher::Event::InitApply(object) => {
                 self.listing
                     .entry(what)
                     .or_default()
-                    .push(object.uid.clone());
+                    .insert(object.uid.clone());
                 let events = self.apply(object, at);
                 if known { events } else { Vec::new() }
             }

@@ -18,6 +18,9 @@ pub mod folder;
 pub mod kubernetes;
 pub mod systemd;
 
+/// The `source` of systemd's events.
+pub const SYSTEMD: &str = "//systemd";
+
 /// Takes events.
 pub trait Sink: Send + Sync + 'static {
     /// Takes an event; `false` if it was taken before. Returns once it would survive a crash.
@@ -128,6 +131,11 @@ impl Outlet {
         self.sink.now()
     }
 
+    /// Past the bound: for what somebody wrote on purpose.
+    pub fn sink(&self) -> Arc<dyn Sink> {
+        self.sink.clone()
+    }
+
     /// Publishes an event unless there were too many this minute.
     ///
     /// # Errors
@@ -148,21 +156,9 @@ impl Outlet {
             return Ok(());
         }
         self.published += 1;
-        self.publish_all(vec![event]).await
-    }
-
-    /// Publishes events whatever their number: those that somebody wrote on purpose.
-    ///
-    /// # Errors
-    /// If one could not be kept; those before it are.
-    pub async fn publish_all(&self, events: Vec<Event>) -> Result<(), EngineError> {
         let sink = self.sink.clone();
         // Waits for the disk.
-        let published = tokio::task::spawn_blocking(move || {
-            events
-                .into_iter()
-                .try_for_each(|event| sink.publish(event).map(drop))
-        });
+        let published = tokio::task::spawn_blocking(move || sink.publish(event).map(drop));
         published.await.unwrap_or_else(|ended| {
             Err(EngineError::new(
                 ErrorKind::Internal,

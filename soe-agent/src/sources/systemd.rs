@@ -5,7 +5,7 @@
 //! and is never `active`, so what counts is leaving rest and coming back to it. A timer's next elapse is an
 //! announcement: its event expects a change then.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -58,7 +58,8 @@ type Listed = (
 /// What is known of the units; pure.
 #[derive(Default)]
 pub struct Units {
-    resting: BTreeMap<String, bool>,
+    /// Those that do not rest.
+    running: BTreeSet<String>,
     due: BTreeMap<String, u64>,
 }
 
@@ -66,13 +67,12 @@ impl Units {
     /// The kind of event that a unit's new state is, if it is one.
     pub fn state(&mut self, unit: &str, state: &str) -> Option<&'static str> {
         let rests = matches!(state, "inactive" | "failed");
-        let rested = self.resting.insert(unit.to_owned(), rests);
         // Of a unit not seen before it is told whether it starts, not that it had stopped.
-        match (rested.unwrap_or(true), rests) {
-            (true, false) => Some(STARTED),
-            (false, true) if state == "failed" => Some(FAILED),
-            (false, true) => Some(STOPPED),
-            _ => None,
+        match rests {
+            false => self.running.insert(unit.to_owned()).then_some(STARTED),
+            true if !self.running.remove(unit) => None,
+            true if state == "failed" => Some(FAILED),
+            true => Some(STOPPED),
         }
     }
 
@@ -140,7 +140,9 @@ pub async fn follow_on(
     let mut units = Units::default();
     // What runs already has not started now.
     for unit in list(connection).await? {
-        units.state(&unit.0, &unit.3);
+        if wanted(&unit.0) {
+            units.state(&unit.0, &unit.3);
+        }
     }
     let mut look = tokio::time::interval(TIMERS_EVERY);
     loop {
@@ -158,8 +160,8 @@ pub async fn follow_on(
                 };
                 let state = changed.get("ActiveState").and_then(text);
                 let (Some(unit), Some(state)) = (unit, state) else { continue };
-                if let Some(kind) = units.state(&unit, &state)
-                    && wanted(&unit)
+                if wanted(&unit)
+                    && let Some(kind) = units.state(&unit, &state)
                 {
                     tell(outlet, kind, &unit, None).await;
                 }
@@ -232,7 +234,7 @@ async fn tell(outlet: &mut Outlet, kind: &str, unit: &str, expected_at: Option<U
     let now = outlet.now();
     let event = Event {
         id: format!("{unit}@{}", expected_at.unwrap_or(now)),
-        source: "//systemd".to_owned(),
+        source: super::SYSTEMD.to_owned(),
         kind: kind.to_owned(),
         subject: Some(unit.to_owned()),
         time: now,
