@@ -554,6 +554,44 @@ fn a_restarted_agent_stages_what_was_read_before() {
     }
 }
 
+/// What the history tells a restarted agent is of days ago, but its layers are not.
+#[test]
+fn a_restart_with_history_is_no_missed_rpo() {
+    need_kernel!();
+    const RPO: Duration = Duration::from_secs(20);
+    let disk = LoopDevice::new(16 * MIB).unwrap();
+    let mut soe = Soe::new(
+        "remember",
+        "[history]\ninterval = \"1s\"\n[model]\nbin = \"1s\"\nseason = \"8s\"\n[plan]\ntick = \"500ms\"",
+    );
+    soe.start();
+    soe.run(&[
+        "group",
+        "create",
+        "g",
+        "--rpo",
+        "20s",
+        "--volume",
+        disk.node(),
+    ])
+    .ok();
+    std::thread::sleep(RPO + Duration::from_secs(5));
+    soe.capture("g");
+    let layers = soe.volume("g", disk.node())["layers"].clone();
+    assert_eq!(soe.terminate(), 0);
+    soe.clear_log();
+    soe.start();
+    std::thread::sleep(Duration::from_secs(3));
+    let now = soe.volume("g", disk.node());
+    assert_eq!(soe.terminate(), 0);
+    let log = soe.log();
+    assert!(!log.contains("RPO was missed"), "{log}");
+    assert_eq!(
+        now["layers"], layers,
+        "the newest layer is fresh: {now}\n{log}"
+    );
+}
+
 /// The names in docs/metrics.md that every agent with a captured volume must tell; what others tell
 /// of needs a burst, a frozen filesystem, an event or a fault.
 const ALWAYS_TOLD: &[&str] = &[
