@@ -27,6 +27,12 @@ impl Agent {
         let end = floor_to(now, bin);
         let start = floor_to(now.saturating_sub(span), bin);
         let query = Query::range(start..end).volumes(names).skip_damage();
+        let events = self.known_events(start);
+        // The brain wants to know what is announced, the forecasters also what followed earlier events.
+        for (_, event) in &events {
+            let event = Event::EventReceived(event.clone());
+            let _ = lock(&self.mind).brain.apply(event, now);
+        }
         let (series, skipped) = match reader.load_bins(&query, bin) {
             Ok(read) => read,
             Err(error) => return tracing::warn!(%error, "forecasts begin without history"),
@@ -34,12 +40,7 @@ impl Agent {
         for error in skipped {
             tracing::warn!(%error, "a file of the history is left out");
         }
-        let events = self.known_events(start);
         let mut mind = lock(&self.mind);
-        // The brain wants to know what is announced, the forecasters also what followed earlier events.
-        for (_, event) in &events {
-            let _ = mind.brain.apply(Event::EventReceived(event.clone()), now);
-        }
         let events: Vec<_> = events
             .iter()
             .map(|(arrived, event)| (arrived, event.happening()))

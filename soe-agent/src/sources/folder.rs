@@ -145,26 +145,10 @@ fn refuse(dir: &Path, file: &Path, why: &str) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::support::Taken;
     use super::*;
-    use crate::api::engine::{EngineError, ErrorKind};
-    use std::sync::{Arc, Mutex};
-
-    #[derive(Default)]
-    struct Taken(Mutex<Vec<Event>>, Mutex<bool>);
-
-    impl Sink for Taken {
-        fn publish(&self, event: Event) -> Result<bool, EngineError> {
-            if *self.1.lock().unwrap() {
-                return Err(EngineError::new(ErrorKind::Exhausted, "the disk is full"));
-            }
-            self.0.lock().unwrap().push(event);
-            Ok(true)
-        }
-
-        fn now(&self) -> UnixNanos {
-            7
-        }
-    }
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering;
 
     const EVENT: &str =
         r#"{"specversion":"1.0","id":"a","source":"/ci","type":"com.example.deployment"}"#;
@@ -187,7 +171,7 @@ mod tests {
         .unwrap();
         fs::write(dir.path().join(".5.json"), "half").unwrap();
         look(dir.path(), &taken).unwrap();
-        assert_eq!(taken.0.lock().unwrap().len(), 3);
+        assert_eq!(taken.events.lock().unwrap().len(), 3);
         let left = |name: &str| dir.path().join(name).exists();
         assert!(!left("1.json") && !left("2.json") && left(".5.json"));
         assert!(left("refused/3.json") && left("refused/4.json"));
@@ -199,7 +183,7 @@ mod tests {
     fn what_cannot_be_kept_stays() {
         let dir = tempfile::tempdir().unwrap();
         let taken = Arc::new(Taken::default());
-        *taken.1.lock().unwrap() = true;
+        taken.full.store(true, Ordering::SeqCst);
         fs::write(dir.path().join("1.json"), EVENT).unwrap();
         let why = look(dir.path(), &taken).unwrap_err();
         assert!(why.contains("the disk is full"), "{why}");
@@ -208,9 +192,14 @@ mod tests {
         let secret = dir.path().join("secret");
         fs::write(&secret, EVENT).unwrap();
         std::os::unix::fs::symlink(&secret, dir.path().join("0.json")).unwrap();
-        *taken.1.lock().unwrap() = false;
+        taken.full.store(false, Ordering::SeqCst);
         look(dir.path(), &taken).unwrap();
         assert!(!dir.path().join("1.json").exists());
+        assert_eq!(
+            taken.events.lock().unwrap().len(),
+            1,
+            "the link's is not taken"
+        );
     }
 
     #[test]

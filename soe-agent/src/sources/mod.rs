@@ -33,6 +33,35 @@ pub trait Sink: Send + Sync + 'static {
     fn now(&self) -> UnixNanos;
 }
 
+#[cfg(test)]
+mod support {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    /// Remembers what it was given, unless its disk is full.
+    #[derive(Default)]
+    pub(super) struct Taken {
+        pub(super) events: Mutex<Vec<Event>>,
+        pub(super) full: AtomicBool,
+    }
+
+    impl Sink for Taken {
+        fn publish(&self, event: Event) -> Result<bool, EngineError> {
+            if self.full.load(Ordering::SeqCst) {
+                return Err(EngineError::new(ErrorKind::Exhausted, "the disk is full"));
+            }
+            self.events.lock().unwrap().push(event);
+            Ok(true)
+        }
+
+        fn now(&self) -> UnixNanos {
+            1_000
+        }
+    }
+}
+
 /// How long a source that failed waits, at first and at most.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
 /// Events a source may bring in a minute. Each is made durable by itself; a cluster in trouble must not

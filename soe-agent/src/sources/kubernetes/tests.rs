@@ -1,28 +1,13 @@
 //! Against a mocked API server: it answers lists and watches as the documentation of the API says, from
 //! objects written here. No cluster was at hand to record one.
 
-use super::super::Sink;
+use super::super::support::Taken;
 use super::*;
-use crate::api::engine::EngineError;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
-
-#[derive(Default)]
-struct Taken(Mutex<Vec<Event>>);
-
-impl Sink for Taken {
-    fn publish(&self, event: Event) -> Result<bool, EngineError> {
-        self.0.lock().unwrap().push(event);
-        Ok(true)
-    }
-
-    fn now(&self) -> UnixNanos {
-        1_000
-    }
-}
 
 fn deployment(version: u32, replicas: i32, image: &str) -> serde_json::Value {
     json!({
@@ -123,14 +108,14 @@ fn what_a_cluster_does_is_told() {
             follow_with(client.unwrap(), &cluster, &mut Outlet::new(told)).await;
         });
         for _ in 0..500 {
-            if taken.0.lock().unwrap().len() >= 5 {
+            if taken.events.lock().unwrap().len() >= 5 {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         following.abort();
         server.abort();
-        taken.0.lock().unwrap().clone()
+        taken.events.lock().unwrap().clone()
     });
     let mut told: Vec<(String, String)> = events
         .iter()

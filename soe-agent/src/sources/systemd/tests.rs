@@ -1,23 +1,8 @@
-use super::super::Sink;
+use super::super::support::Taken;
 use super::*;
-use crate::api::engine::EngineError;
 use proptest::prelude::*;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use zbus::object_server::SignalEmitter;
-
-#[derive(Default)]
-struct Taken(Mutex<Vec<Event>>);
-
-impl Sink for Taken {
-    fn publish(&self, event: Event) -> Result<bool, EngineError> {
-        self.0.lock().unwrap().push(event);
-        Ok(true)
-    }
-
-    fn now(&self) -> UnixNanos {
-        1_000
-    }
-}
 
 /// What systemd has of it.
 struct FakeManager;
@@ -112,12 +97,12 @@ fn units_and_timers_are_told() {
         });
         let wait_for = async |n: usize| {
             for _ in 0..500 {
-                if taken.0.lock().unwrap().len() >= n {
+                if taken.events.lock().unwrap().len() >= n {
                     return;
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            panic!("only {:?}", taken.0.lock().unwrap());
+            panic!("only {:?}", taken.events.lock().unwrap());
         };
         // The timer's announcement says that all is set up.
         wait_for(1).await;
@@ -129,7 +114,7 @@ fn units_and_timers_are_told() {
         state(&server, "other_2esocket", "active").await;
         wait_for(4).await;
         following.abort();
-        taken.0.lock().unwrap().clone()
+        taken.events.lock().unwrap().clone()
     });
     let told: Vec<(&str, &str)> = events
         .iter()
