@@ -130,6 +130,17 @@ impl EngineError {
     }
 }
 
+/// Which version of the model is to serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhichModel {
+    /// This one.
+    Version(u64),
+    /// The one that ships.
+    Shipped,
+    /// The one before the one that serves.
+    Before,
+}
+
 /// What a unary call returns.
 pub type Reply<'a, T> = BoxFuture<'a, Result<T, EngineError>>;
 
@@ -187,6 +198,11 @@ pub trait Engine: Send + Sync + 'static {
     fn model_show(&self, volume: Option<String>) -> Reply<'_, ModelReport>;
     /// Trains now. Returns when the result was judged.
     fn model_train(&self, volume: Option<String>) -> Reply<'_, ModelReport>;
+    /// Judges every version of the model, of a volume or of all, by the history since the newest one was
+    /// trained.
+    fn model_backtest(&self, volume: Option<String>) -> Reply<'_, ModelReport>;
+    /// Lets another version of the model serve.
+    fn model_serve(&self, which: WhichModel) -> Reply<'_, ModelReport>;
 
     /// Keeps an event. `false` when one of this source and id was already known.
     fn publish_event(&self, event: Event) -> Reply<'_, bool>;

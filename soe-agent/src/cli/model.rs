@@ -7,7 +7,8 @@ use super::client::{Client, plain};
 use super::error::CliError;
 use super::output::{Output, Table, or_dash, when};
 use crate::api::pb;
-use crate::api::types::ModelReport;
+use crate::api::pb::model_serve_request::Which;
+use crate::api::types::{ModelReport, ModelVersion};
 
 /// Show or train the models behind the forecasts
 #[derive(Debug, clap::Args)]
@@ -23,6 +24,18 @@ enum Verb {
         /// The volume [default: the model all volumes share]
         volume: Option<String>,
     },
+    /// Judge every version of the model by the history since the newest one was trained
+    Backtest {
+        /// The volume [default: all volumes together]
+        volume: Option<String>,
+    },
+    /// Let a version serve
+    Promote {
+        /// Its number in 'soe model show', or 'shipped'
+        version: String,
+    },
+    /// Go back to the version before the one that serves
+    Rollback,
     /// Train now; returns when the result was judged
     Train {
         /// The volume [default: the model all volumes share]
@@ -47,6 +60,25 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
         Verb::Train { volume } => {
             let request = request(volume)?;
             client.call(async |mut stub| plain(stub.model_train(request).await?))
+        }
+        Verb::Backtest { volume } => {
+            let request = request(volume)?;
+            client.call(async |mut stub| plain(stub.model_backtest(request).await?))
+        }
+        Verb::Promote { version } => {
+            let request = serve(match version.as_str() {
+                "shipped" => Which::Shipped(true),
+                number => Which::Version(number.parse().map_err(|_| {
+                    CliError::Usage(format!(
+                        "{number:?} is no version of the model; use a number of 'soe model show', or 'shipped'"
+                    ))
+                })?),
+            });
+            client.call(async |mut stub| plain(stub.model_serve(request).await?))
+        }
+        Verb::Rollback => {
+            let request = serve(Which::Before(true));
+            client.call(async |mut stub| plain(stub.model_serve(request).await?))
         }
     }?;
     out.show(&report, |r| {
@@ -77,6 +109,23 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
                 ),
             );
         }
+        for version in &r.versions {
+            table.pair("version", version_line(version));
+        }
+        for start in &r.starts {
+            let regret = |r: Option<f64>| or_dash(r.map(|r| format!("{r:.2}")));
+            table.pair(
+                "captures begin by",
+                format!(
+                    "{} for {}: regret of the network {}, of the rule {} over {:.0} intervals",
+                    start.by,
+                    start.volumes.join(", "),
+                    regret(start.network_regret),
+                    regret(start.rule_regret),
+                    start.intervals
+                ),
+            );
+        }
         for effect in &r.effects {
             let subject = effect.subject.as_deref().map(|s| format!(" of {s}"));
             let believed = if effect.believed {
@@ -100,4 +149,29 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
         }
         table
     })
+}
+
+fn serve(which: Which) -> pb::ModelServeRequest {
+    pb::ModelServeRequest { which: Some(which) }
+}
+
+fn version_line(version: &ModelVersion) -> String {
+    let number = version.version.map(|number| number.to_string());
+    let mut line = number.unwrap_or_else(|| "shipped".to_owned());
+    if version.serving {
+        line.push_str(" (serves)");
+    }
+    if let Some(at) = version.trained_at {
+        line.push_str(&format!(", trained until {}", when(at)));
+    }
+    if let Some(score) = version.score {
+        line.push_str(&format!(", loss {score:.3} of ewma's then"));
+    }
+    if let Some(loss) = version.backtest {
+        line.push_str(&format!(", {loss:.3} since"));
+    }
+    if let Some(why) = &version.unusable {
+        line.push_str(&format!(", cannot serve: {why}"));
+    }
+    line
 }

@@ -62,6 +62,13 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
         table.pair("used", human_size(s.used_bytes));
         table.pair("overwritten before use", human_size(s.invalidated_bytes));
         table.pair("hit ratio", or_dash(s.hit_ratio.map(|h| format!("{h:.3}"))));
+        let off = if s.switched_off {
+            " (too little: not staged for bursts)"
+        } else {
+            ""
+        };
+        let precision = or_dash(s.precision.map(|p| format!("{p:.3}")));
+        table.pair("read of what was chosen", format!("{precision}{off}"));
         table
     })
 }

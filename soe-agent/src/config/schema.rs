@@ -429,6 +429,10 @@ pub struct Plan {
     /// Probability of a burst above which blocks are staged; 0.01 to 0.99.
     #[serde(deserialize_with = "share")]
     pub stage_above: f64,
+    /// Share of the blocks chosen for bursts that must be read in them; a volume below it is not staged
+    /// until it would be better. 0.01 to 0.99.
+    #[serde(deserialize_with = "share")]
+    pub stage_precision: f64,
     /// Age that the newest layer should not exceed; 1 s to 30 d.
     #[serde(
         deserialize_with = "rpo",
@@ -456,6 +460,7 @@ impl Default for Plan {
             idle: 64 * KIB,
             earliest: 0.5,
             stage_above: 0.5,
+            stage_precision: 0.05,
             rpo: 900 * SECOND,
             max_pause: Duration::from_millis(100),
             baseline_every: 7 * DAY,

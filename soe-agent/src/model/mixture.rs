@@ -13,12 +13,14 @@ use super::features::features;
 use super::foretold::Foretold;
 use super::onset::OnsetMixture;
 use super::onset_features::{LEAD, MATURES, onset_features};
+use super::promotion::{self, Standing};
 use super::series::{Known, LoadBin, Series, SeriesError, TimeScale};
 use super::weights::{
     ModelError, OnsetPredictor, Predictor, Trained, TrainedInfo, WindowWeights, onset_predictor,
     predictor,
 };
-use super::window_features::{Past, Start};
+use super::window_features::{Past, WINDOW_SEASONS};
+use super::window_gate::{Judgement, StartGate, Starting};
 use super::{
     Forecaster, Pace, Promotion, Q10, Q90, QUANTILES, QuantileForecast, QuantileRow, SHORT_HORIZON,
     Serving, VolumeName,
@@ -50,12 +52,8 @@ impl MixtureConfig {
     }
 }
 
-/// Samples of the back-test by which a network is promoted.
-const BACKTEST_SAMPLES: usize = 2_000;
 /// Seasons of history below which the onset network has nothing to go by.
 const ONSET_SEASONS: f64 = 2.0;
-/// A new network replaces a serving one if its loss is at most this share of the old one's.
-const PROMOTION_RATIO: f64 = 0.995;
 
 const MEMBERS: usize = Member::ALL.len();
 type MemberRows = [Option<Vec<QuantileRow>>; MEMBERS];
@@ -82,13 +80,17 @@ struct Volume {
 pub struct Mixture {
     config: MixtureConfig,
     volumes: BTreeMap<VolumeName, Volume>,
+    /// The networks as they were given.
+    standing: Standing,
     /// The network that ships, and the one trained here.
     prior: Option<Box<dyn Predictor>>,
-    network: Option<(TrainedInfo, Box<dyn Predictor>)>,
+    network: Option<Box<dyn Predictor>>,
     /// The same for onsets.
     prior_onset: Option<Box<dyn OnsetPredictor>>,
     /// The network that says when to begin a capture.
     window: Option<WindowWeights>,
+    /// Who says so for volumes that are captured together.
+    starts: BTreeMap<Vec<VolumeName>, StartGate>,
     onset: Option<Box<dyn OnsetPredictor>>,
 }
 
@@ -98,10 +100,12 @@ impl Mixture {
         Self {
             config,
             volumes: BTreeMap::new(),
+            standing: Standing::default(),
             prior: None,
             network: None,
             prior_onset: None,
             window: None,
+            starts: BTreeMap::new(),
             onset: None,
         }
     }
@@ -123,6 +127,15 @@ impl Mixture {
             .collect()
     }
 
+    /// Who says when to begin captures that `volume` takes part in, by the volumes captured together.
+    pub fn starting(&self, volume: &VolumeName) -> Vec<(Vec<VolumeName>, Starting)> {
+        self.starts
+            .iter()
+            .filter(|(volumes, _)| volumes.contains(volume))
+            .map(|(volumes, gate)| (volumes.clone(), gate.starting()))
+            .collect()
+    }
+
     /// What events do to `volume`, as far as it has been learnt.
     pub fn effects(&self, volume: &VolumeName) -> Vec<KnownEffect> {
         self.volumes
@@ -133,22 +146,40 @@ impl Mixture {
 
     /// How the serving network came about; `None` without one.
     pub fn network(&self) -> Option<&TrainedInfo> {
-        self.network.as_ref().map(|(info, _)| info)
+        self.standing.serving.as_ref().map(|trained| &trained.info)
     }
 
-    /// Puts a network in service without a back-test: at start, with the network that served
-    /// before. Each volume still weighs it by what it does there.
+    /// The networks that a new one is to be compared with.
+    pub fn standing(&self) -> &Standing {
+        &self.standing
+    }
+
+    /// Puts a network in service that was back-tested elsewhere, or served before. Each volume still weighs
+    /// it by what it does there.
     ///
     /// # Errors
     /// [`ModelError`] if the network does not fit this build.
     pub fn restore(&mut self, trained: &Trained) -> Result<(), ModelError> {
-        self.network = Some((trained.info.clone(), predictor(trained)?));
+        self.network = Some(predictor(trained)?);
         self.onset = onset_predictor(trained);
+        self.standing.serving = Some(trained.clone());
+        self.network_changed();
+        Ok(())
+    }
+
+    /// Takes the network that was trained here out of service: the one that ships is left.
+    pub fn retire(&mut self) {
+        self.network = None;
+        self.onset = None;
+        self.standing.serving = None;
+        self.network_changed();
+    }
+
+    fn network_changed(&mut self) {
         for volume in self.volumes.values_mut() {
             volume.blend.network_changed();
             volume.foretold = Foretold::default();
         }
-        Ok(())
     }
 
     /// Puts a network beside it that was trained elsewhere: the one that ships with this build.
@@ -159,6 +190,7 @@ impl Mixture {
         self.prior = Some(predictor(prior)?);
         self.prior_onset = onset_predictor(prior);
         self.window = prior.window.clone();
+        self.standing.prior = Some(prior.clone());
         Ok(())
     }
 }
@@ -340,10 +372,7 @@ impl Forecaster for Mixture {
     fn forecast(&mut self, volume: &VolumeName, horizon: usize) -> Option<QuantileForecast> {
         let networks = [
             (Member::Prior, self.prior.as_deref()),
-            (
-                Member::Network,
-                self.network.as_ref().map(|(_, n)| n.as_ref()),
-            ),
+            (Member::Network, self.network.as_deref()),
         ];
         let onset = self.onset.as_deref().or(self.prior_onset.as_deref());
         self.volumes
@@ -351,21 +380,34 @@ impl Forecaster for Mixture {
             .forecast(horizon, networks, onset)
     }
 
-    fn begin(&self, volumes: &[VolumeName], pace: Pace) -> Option<f32> {
+    fn begin(
+        &mut self,
+        volumes: &[VolumeName],
+        neighbours: &[VolumeName],
+        pace: Pace,
+    ) -> Option<Judgement> {
         let window = self.window.as_ref()?;
-        let known: Option<Vec<Known<'_>>> = volumes
-            .iter()
-            .map(|name| Some(self.volumes.get(name)?.series.known()))
-            .collect();
-        let past = Past::of(&known?, pace.length)?;
+        let known = |name: &VolumeName| Some(self.volumes.get(name)?.series.known());
+        let mut all: Vec<Known<'_>> = volumes.iter().map(known).collect::<Option<_>>()?;
+        let newest = all.iter().map(Known::next_index).min()?;
+        // A neighbour of which too little is known must not shorten what is known of the volumes.
+        let long = |known: &Known<'_>| {
+            known.next_index() >= newest && known.seasons() > WINDOW_SEASONS as f64 + 1.0
+        };
+        all.extend(neighbours.iter().filter_map(known).filter(long));
+        let past = Past::of(&all, pace.length)?;
         let season = self.config.scale.season_bins();
-        let later = pace.later.min(season.saturating_sub(pace.length));
-        let inputs = past.inputs(Start {
-            bins: past.bins(),
-            later,
-            passed: pace.passed,
-        })?;
-        Some(window.log_odds(&inputs, later))
+        let pace = Pace {
+            later: pace.later.min(season.saturating_sub(pace.length)),
+            ..pace
+        };
+        if !self.starts.contains_key(volumes) {
+            // Groups that were changed or deleted are not asked about any more.
+            let live = |gate: &StartGate| !gate.forgotten(past.first());
+            self.starts.retain(|_, gate| live(gate));
+        }
+        let gate = self.starts.entry(volumes.to_vec()).or_default();
+        gate.judge(&past, window, pace)
     }
 
     fn serving(&self, volume: &VolumeName) -> Option<Serving> {
@@ -391,42 +433,17 @@ impl Forecaster for Mixture {
     }
 
     fn install(&mut self, trained: &Trained) -> Result<Promotion, ModelError> {
-        let offered = predictor(trained)?;
-        let data = self.dataset();
-        let origins = data.validation_origins(trained.info.trained_until, BACKTEST_SAMPLES);
-        let Some(new) = data.score(offered.as_ref(), &origins) else {
-            return Ok(Promotion::Rejected {
-                reason: "too little history after its training to back-test it".to_owned(),
-            });
-        };
-        let serving = self.network.as_ref().map(|(_, n)| n.as_ref());
-        let old = [serving, self.prior.as_deref()]
-            .into_iter()
-            .flatten()
-            .filter_map(|n| data.score(n, &origins))
-            .reduce(f64::min);
-        let (bar, against) = match old {
-            Some(old) => (
-                old * PROMOTION_RATIO,
-                format!("the serving network's {old:.3}"),
-            ),
-            None => (1.0, "the bar of 1".to_owned()),
-        };
-        let reason = format!("loss {new:.3} of the weighted mean's against {against}");
-        if new > bar {
-            return Ok(Promotion::Rejected { reason });
+        let mut offered = trained.clone();
+        let promotion = promotion::judge(&self.dataset(), &mut offered, &self.standing)?;
+        if matches!(promotion, Promotion::Promoted { .. }) {
+            self.restore(&offered)?;
         }
-        self.network = Some((trained.info.clone(), offered));
-        self.onset = onset_predictor(trained);
-        for volume in self.volumes.values_mut() {
-            volume.blend.network_changed();
-            volume.foretold = Foretold::default();
-        }
-        Ok(Promotion::Promoted { reason })
+        Ok(promotion)
     }
 
     fn forget(&mut self, volume: &VolumeName) {
         self.volumes.remove(volume);
+        self.starts.retain(|volumes, _| !volumes.contains(volume));
     }
 }
 

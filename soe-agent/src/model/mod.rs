@@ -39,7 +39,13 @@ pub mod onset_features;
 
 pub mod window_features;
 
+pub mod window_gate;
+
 pub mod foretold;
+
+pub mod promotion;
+
+pub mod registry;
 
 #[cfg(feature = "model")]
 mod nn;
@@ -57,6 +63,7 @@ pub use baselines::Member;
 pub use events::Happening;
 pub use series::{LoadBin, SeriesError, TimeScale};
 pub use weights::Trained;
+pub use window_gate::Judgement;
 
 /// The stable name by which a volume is known in forecasts and plans.
 pub type VolumeName = name::Name;
@@ -201,10 +208,15 @@ pub trait Forecaster: Send {
     /// Forecasts `horizon` bins after the last known bin; `None` for a volume never observed.
     fn forecast(&mut self, volume: &VolumeName, horizon: usize) -> Option<QuantileForecast>;
 
-    /// Whether to begin a capture of `volumes` together with the next bin, if it must begin with it or one of
+    /// Whether to begin a capture of `volumes` together, beside whose load that of `neighbours` counts, with the next bin, if it must begin with it or one of
     /// the `later` bins after it, `passed` bins after the first that it could have begun with, and takes
-    /// `length` bins: the log odds, above 0 for beginning. `None` where nothing can be said.
-    fn begin(&self, volumes: &[VolumeName], pace: Pace) -> Option<f32>;
+    /// `length` bins. `None` where nothing can be said.
+    fn begin(
+        &mut self,
+        volumes: &[VolumeName],
+        neighbours: &[VolumeName],
+        pace: Pace,
+    ) -> Option<Judgement>;
 
     /// Who serves `volume` and why; `None` for a volume never observed.
     fn serving(&self, volume: &VolumeName) -> Option<Serving>;

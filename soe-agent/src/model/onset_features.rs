@@ -6,7 +6,7 @@
 
 use super::ONSET_BINS;
 use super::baselines::Smoothed;
-use super::series::{Known, Row, SEASONS_IN_WEEK, log_load};
+use super::series::{Known, Row, SEASONS_IN_WEEK, Series, log_load};
 
 /// Bins between what is known and the first in which an onset counts.
 pub const LEAD: usize = 1;
@@ -18,8 +18,21 @@ pub const ONSET_INPUTS: usize = 82;
 
 /// Days of history that are looked at.
 const DAYS: usize = 28;
+/// The share of a label's window that must be known.
+const KNOWN: f64 = 0.6;
 /// Intervals between onsets that are looked at.
 const INTERVALS: usize = 100;
+
+/// Whether a burst begins in the window after the first `bins` bins; `None` where that cannot be told or
+/// is not asked.
+pub(super) fn label(series: &Series, bins: usize) -> Option<bool> {
+    let rows = series.known().rows;
+    let now = rows.get(bins.checked_sub(1)?)?;
+    let window = rows.get(bins + LEAD..bins + MATURES)?;
+    let known = window.iter().filter(|row| row.known).count() as f64;
+    (now.known && !now.burst && known >= KNOWN * window.len() as f64)
+        .then(|| window.iter().any(|row| row.onset))
+}
 
 /// What is known of a volume, with sums that make counting in any range cheap.
 struct Past<'a> {

@@ -14,8 +14,7 @@ use super::dataset::{Dataset, Origin};
 use super::nn::{
     Batches, Budget, GENTLY, Net, cpu_time, floats, he_bounds, optimizer, random_weights, rate_at,
 };
-use super::onset_features::{LEAD, MATURES, ONSET_INPUTS, onset_features};
-use super::series::Series;
+use super::onset_features::{MATURES, ONSET_INPUTS, label, onset_features};
 use super::weights::{ModelError, ONSET_SHAPE, OnsetPredictor, OnsetWeights};
 
 const BATCH: usize = 512;
@@ -26,8 +25,6 @@ const LEAST_STEPS: usize = 200;
 const MIN_SAMPLES: usize = 1_000;
 /// Seasons of history a sample should have behind it, and needs.
 const SEASONS: (usize, usize) = (15, 2);
-/// The share of a window that must be known.
-const KNOWN: f64 = 0.6;
 /// Log odds at the beginning: bursts are rare.
 const FIRST_ODDS: f32 = -2.0;
 
@@ -60,17 +57,6 @@ impl OnsetPredictor for OnsetNetwork {
             .copied()
             .filter(|z| z.is_finite())
     }
-}
-
-/// Whether a burst begins in the window after the first `bins` bins; `None` where that cannot be told or
-/// is not asked.
-fn label(series: &Series, bins: usize) -> Option<bool> {
-    let rows = series.known().rows;
-    let now = rows.get(bins.checked_sub(1)?)?;
-    let window = rows.get(bins + LEAD..bins + MATURES)?;
-    let known = window.iter().filter(|row| row.known).count() as f64;
-    (now.known && !now.burst && known >= KNOWN * window.len() as f64)
-        .then(|| window.iter().any(|row| row.onset))
 }
 
 /// Trains an onset network on the bins of `data` whose windows end before `split`, beginning with `from`
@@ -173,7 +159,7 @@ fn fresh(seed: u64) -> Vec<f32> {
 mod tests {
     use super::*;
     use crate::model::burst::BurstRule;
-    use crate::model::series::{LoadBin, TimeScale};
+    use crate::model::series::{LoadBin, Series, TimeScale};
     use std::time::Duration;
 
     /// Volumes with a burst at a clock time of their own, and noise.

@@ -272,13 +272,18 @@ pub trait OnsetPredictor: Send {
 
 /// Makes the onset network of a trained one ready; `None` if it has none.
 pub fn onset_predictor(trained: &Trained) -> Option<Box<dyn OnsetPredictor>> {
+    onset_predictor_of(trained.onset.as_ref()?)
+}
+
+/// Makes an onset network ready; `None` in a build without networks.
+pub(super) fn onset_predictor_of(weights: &OnsetWeights) -> Option<Box<dyn OnsetPredictor>> {
     #[cfg(feature = "model")]
-    return trained.onset.as_ref().map(|onset| {
-        let network: Box<dyn OnsetPredictor> = Box::new(super::onset_net::OnsetNetwork::new(onset));
-        network
-    });
+    return Some(Box::new(super::onset_net::OnsetNetwork::new(weights)));
     #[cfg(not(feature = "model"))]
-    None
+    {
+        let _ = weights;
+        None
+    }
 }
 
 /// How a network came about.
@@ -352,6 +357,28 @@ pub fn predictor(trained: &Trained) -> Result<Box<dyn Predictor>, ModelError> {
     return Ok(Box::new(super::net::Network::new(trained)?));
     #[cfg(not(feature = "model"))]
     Err(ModelError::NotBuilt)
+}
+
+/// Writes a file that is there whole or not at all, whatever happens meanwhile.
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    let failed = |call: &'static str| {
+        move |source: io::Error| ModelError::Io {
+            path: path.to_owned(),
+            call,
+            source,
+        }
+    };
+    let temporary = path.with_extension("new");
+    let mut file = fs::File::create(&temporary).map_err(failed("create"))?;
+    file.write_all(bytes).map_err(failed("write"))?;
+    file.sync_all().map_err(failed("fsync"))?;
+    fs::rename(&temporary, path).map_err(failed("rename"))?;
+    if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
+        fs::File::open(directory)
+            .and_then(|d| d.sync_all())
+            .map_err(failed("fsync directory"))?;
+    }
+    Ok(())
 }
 
 impl Trained {
@@ -484,24 +511,7 @@ impl Trained {
     /// # Errors
     /// [`ModelError::Io`].
     pub fn save(&self, path: &Path) -> Result<(), ModelError> {
-        let failed = |call: &'static str| {
-            move |source: io::Error| ModelError::Io {
-                path: path.to_owned(),
-                call,
-                source,
-            }
-        };
-        let temporary = path.with_extension("new");
-        let mut file = fs::File::create(&temporary).map_err(failed("create"))?;
-        file.write_all(&self.to_bytes()).map_err(failed("write"))?;
-        file.sync_all().map_err(failed("fsync"))?;
-        fs::rename(&temporary, path).map_err(failed("rename"))?;
-        if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
-            fs::File::open(directory)
-                .and_then(|d| d.sync_all())
-                .map_err(failed("fsync directory"))?;
-        }
-        Ok(())
+        write_whole(path, &self.to_bytes())
     }
 
     /// Reads a model file.

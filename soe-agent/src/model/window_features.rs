@@ -26,6 +26,14 @@ const MOST: f64 = 6.0;
 /// Keeps nearly constant series from being blown up to noise.
 const MIN_DEVIATION: f64 = 0.1;
 
+/// Where the load of the last bin is among the inputs, the median of the trailing day, what windows met at
+/// this clock time and the least of the later starts so, and the median over seven days of the least reached.
+const NOW: usize = 0;
+const MEDIAN_TODAY: usize = 30;
+const SAME_CLOCK: usize = 44;
+const LEAST_SAME_CLOCK: usize = 45;
+const LEAST_REACHED: usize = 49;
+
 /// The load of one or several volumes together, and what a window that starts in each bin would have met.
 pub struct Past {
     /// `ln(1 + load / 1 KiB/s)` by bin.
@@ -89,6 +97,16 @@ impl Past {
     /// The number of the first bin since the Unix epoch.
     pub fn first(&self) -> i64 {
         self.first
+    }
+
+    /// Bins of a season.
+    pub fn day(&self) -> usize {
+        self.day
+    }
+
+    /// Bins of a window.
+    pub fn length(&self) -> usize {
+        self.length
     }
 
     /// The mean load of the window that begins after `bins` bins, in KiB/s; `None` if it is not known to
@@ -177,6 +195,16 @@ impl Past {
         debug_assert_eq!(x.len(), WINDOW_INPUTS);
         Some(x)
     }
+}
+
+/// A plain rule on the inputs of a start: begin when the load is half a deviation below the least that the
+/// remaining starts usually reached on the days before, or when these starts are usually the quietest and the
+/// load is not above the day's median.
+pub fn quiet_enough(inputs: &[f32]) -> bool {
+    let at = |index: usize| inputs.get(index).copied().unwrap_or(0.0);
+    let now = at(NOW);
+    now <= at(LEAST_REACHED) - 0.5
+        || (at(SAME_CLOCK) <= at(LEAST_SAME_CLOCK) + 1e-3 && now <= at(MEDIAN_TODAY))
 }
 
 /// A moment: only what lies before it is looked at.

@@ -1,6 +1,7 @@
 //! What a name stands for: whole disk, partition, device-mapper node, loop device, by-id link or
 //! mount point, found through sysfs. A volume is tracked by its whole disk, in absolute sectors.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -267,6 +268,36 @@ impl Disk {
     /// Disks below this one (device-mapper, md).
     pub fn members(&self) -> Vec<String> {
         names_in(&self.sys.join("slaves"))
+    }
+
+    /// The whole disks at the bottom of the stack, by kernel name: this one where nothing is below it. A
+    /// loop device counts as a disk of its own.
+    pub fn bottom(&self) -> Vec<String> {
+        let mut bottom = BTreeSet::new();
+        add_bottom(&self.sys, &self.name, &mut bottom);
+        bottom.into_iter().collect()
+    }
+}
+
+fn add_bottom(sys: &Path, name: &str, bottom: &mut BTreeSet<String>) {
+    let mut below = false;
+    for member in names_in(&sys.join("slaves")) {
+        let Ok(folder) = sys.join("slaves").join(&member).canonicalize() else {
+            continue;
+        };
+        below = true;
+        // A partition stands for its disk.
+        let partition = folder.join("partition").exists();
+        match folder.parent().filter(|_| partition) {
+            Some(disk) => {
+                let name = disk.file_name().map(|n| n.to_string_lossy().into_owned());
+                add_bottom(disk, &name.unwrap_or(member), bottom);
+            }
+            None => add_bottom(&folder, &member, bottom),
+        }
+    }
+    if !below {
+        bottom.insert(name.to_owned());
     }
 }
 

@@ -233,8 +233,8 @@ fn begins(
     if pace.later == 0 {
         return (true, "last");
     }
-    if let Some(log_odds) = forecaster.begin(std::slice::from_ref(volume), pace) {
-        return (log_odds > 0.0, "network");
+    if let Some(judged) = forecaster.begin(std::slice::from_ref(volume), &[], pace) {
+        return (judged.begin, judged.by.as_str());
     }
     let at = |bins: usize| scale.bin_nanos().saturating_mul(bins as i64);
     let length = Duration::from_nanos(at(pace.length).unsigned_abs());

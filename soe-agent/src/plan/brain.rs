@@ -1,17 +1,18 @@
 //! The one owner of all decision state.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::capture::{Waiting, lowest_bin};
-use super::staging::{StagingState, next_burst};
+use super::staging::{PrecisionGate, StagingState, next_burst};
 use super::types::{CaptureKind, Command, Event, GroupName, GroupSpec, PlannerConfig};
 use super::window::Window;
 use crate::model::burst::BurstDetector;
-use crate::model::{Member, QuantileForecast, SHORT_HORIZON, VolumeName};
+use crate::model::name::Name;
+use crate::model::{Judgement, Member, QuantileForecast, SHORT_HORIZON, VolumeName};
 use crate::seam::UnixNanos;
 
 mod captures;
@@ -41,6 +42,8 @@ struct Volume {
     announced: Vec<UnixNanos>,
     /// Bytes that the next differential would hold.
     changed: Option<u64>,
+    /// The physical disks that it lies on.
+    disks: Vec<Name>,
 }
 
 struct Group {
@@ -58,7 +61,7 @@ struct Group {
     waiting: Option<(Waiting, Option<UnixNanos>)>,
     window: Option<Window>,
     /// For which moment it was asked whether to begin, and the answer.
-    judged: Option<(Moment, Option<f32>)>,
+    judged: Option<(Moment, Option<Judgement>)>,
 }
 
 /// What an answer depends on: the newest bin of all volumes, and the bin of now.
@@ -85,6 +88,8 @@ pub struct Brain {
     groups: BTreeMap<GroupName, Group>,
     volumes: BTreeMap<VolumeName, Volume>,
     captures: BTreeMap<GroupName, Capture>,
+    /// The volumes on each physical disk.
+    disks: BTreeMap<Name, BTreeSet<VolumeName>>,
     training: Training,
     last_now: UnixNanos,
 }
@@ -97,6 +102,7 @@ impl Brain {
             groups: BTreeMap::new(),
             volumes: BTreeMap::new(),
             captures: BTreeMap::new(),
+            disks: BTreeMap::new(),
             training: Training::default(),
             last_now: UnixNanos::MIN,
         }
@@ -183,6 +189,12 @@ impl Brain {
             Event::StagingFinished { volume, outcome } => {
                 self.staging_finished(&volume, outcome, now, &mut out);
             }
+            Event::StagingJudged {
+                volume,
+                chosen,
+                used,
+            } => self.staging_judged(&volume, chosen, used, now, &mut out),
+            Event::VolumePlaced { volume, disks } => self.place(volume, disks),
             Event::EventReceived(event) => self.event_received(event, now),
             Event::TrainingFinished { .. } => {
                 self.training.running = false;
@@ -196,6 +208,7 @@ impl Brain {
                 };
             }
             Event::VolumeGone { volume } => {
+                self.place(volume.clone(), Vec::new());
                 self.volumes.remove(&volume);
             }
         }
@@ -244,7 +257,41 @@ impl Brain {
             staging: StagingState::default(),
             announced: Vec::new(),
             changed: None,
+            disks: Vec::new(),
         })
+    }
+
+    fn place(&mut self, name: VolumeName, disks: Vec<Name>) {
+        let before = std::mem::take(&mut self.volume(&name).disks);
+        for disk in before {
+            if let Some(volumes) = self.disks.get_mut(&disk) {
+                volumes.remove(&name);
+            }
+        }
+        self.disks.retain(|_, volumes| !volumes.is_empty());
+        for disk in &disks {
+            let volumes = self.disks.entry(disk.clone()).or_default();
+            volumes.insert(name.clone());
+        }
+        self.volume(&name).disks = disks;
+    }
+
+    /// Volumes beside these on the same physical disks.
+    fn neighbours(&self, volumes: &[VolumeName]) -> BTreeSet<&VolumeName> {
+        let disks = volumes
+            .iter()
+            .filter_map(|name| self.volumes.get(name))
+            .flat_map(|volume| &volume.disks);
+        disks
+            .filter_map(|disk| self.disks.get(disk))
+            .flatten()
+            .filter(|name| !volumes.contains(name))
+            .collect()
+    }
+
+    /// Whether staging pays for a volume; `None` if the volume is unknown.
+    pub fn staging_gate(&self, volume: &VolumeName) -> Option<PrecisionGate> {
+        Some(self.volumes.get(volume)?.staging.gate)
     }
 
     fn window_closed(
@@ -287,6 +334,7 @@ impl Brain {
             volume.forecast = volume.forecast.take().filter(|f| f.issued_at <= now);
             volume.staging.staged_for = None;
             volume.staging.not_before = None;
+            volume.staging.judge_at = None;
         }
         for capture in self.captures.values_mut() {
             capture.since = capture.since.min(now);

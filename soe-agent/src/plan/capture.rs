@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::types::{CaptureKind, GroupSpec, PlannerConfig, nanos};
 use super::window::{Window, expected_load, quietest};
-use crate::model::{Pace, Q80, QuantileForecast, VolumeName};
+use crate::model::{Judgement, Pace, Q80, QuantileForecast, VolumeName};
 use crate::seam::UnixNanos;
 
 /// What the planner knows of a group that is not being captured.
@@ -25,14 +25,18 @@ pub struct GroupView<'a> {
     pub baseline_takes: Duration,
     /// One forecast per volume; empty unless every volume has one.
     pub forecasts: Vec<&'a QuantileForecast>,
-    /// The load observed last, all volumes together, in bytes per second; `None` if unknown.
+    /// The forecasts of other volumes on the same disks, as far as there are any: their load meets a capture
+    /// as well.
+    pub neighbours: Vec<&'a QuantileForecast>,
+    /// The load observed last, all volumes and their neighbours together, in bytes per second; `None` if it
+    /// is unknown of a volume.
     pub observed: Option<f64>,
-    /// The median load of the volumes together, in bytes per second.
+    /// The median load of the volumes and their neighbours together, in bytes per second.
     pub median: f64,
     /// A volume that is in a burst right now.
     pub burst_on: Option<&'a VolumeName>,
-    /// The log odds of beginning now, where a network says when to begin.
-    pub begin: Option<f32>,
+    /// Whether to begin now, where that was judged.
+    pub begin: Option<Judgement>,
 }
 
 /// Why nothing is done yet.
@@ -50,6 +54,8 @@ pub enum Waiting {
     LoadAboveForecast,
     /// There is no forecast, and the load is not low.
     NoForecast,
+    /// Another volume on the same disk is being captured or staged.
+    Neighbour,
 }
 
 /// Starts an interval must have for the network to be asked when to begin.
@@ -166,14 +172,23 @@ impl GroupView<'_> {
         (CaptureKind::Differential, String::new())
     }
 
+    /// The forecasts of all that is on the disks; empty unless every volume of the group has one.
+    fn loads(&self) -> Vec<&QuantileForecast> {
+        match self.forecasts.is_empty() {
+            true => Vec::new(),
+            false => [&*self.forecasts, &*self.neighbours].concat(),
+        }
+    }
+
     /// Whether the upper quantile stays below the usual load until `end`.
     fn quiet_until(&self, now: UnixNanos, end: UnixNanos, config: &PlannerConfig) -> bool {
-        let level = self.median.max(config.idle * self.forecasts.len() as f64);
+        let loads = self.loads();
+        let level = self.median.max(config.idle * loads.len() as f64);
         let bin = config.scale.bin_nanos();
         let mut at = now;
         while at < end {
-            match expected_load(&self.forecasts, at) {
-                Some(load) if load <= level && !self.forecasts.is_empty() => at += bin,
+            match expected_load(&loads, at) {
+                Some(load) if load <= level && !loads.is_empty() => at += bin,
                 _ => return false,
             }
         }
@@ -204,8 +219,9 @@ pub fn plan(view: &GroupView<'_>, config: &PlannerConfig, now: UnixNanos) -> Int
         return wait(Waiting::Fresh, None, reason);
     }
     let (kind, why_kind) = view.kind(config, now, false);
+    let loads = view.loads();
     let window = quietest(
-        &view.forecasts,
+        &loads,
         config.scale,
         now.max(schedule.earliest),
         schedule.latest,
@@ -240,9 +256,9 @@ pub fn plan(view: &GroupView<'_>, config: &PlannerConfig, now: UnixNanos) -> Int
     let Some(window) = window else {
         return without_forecast(view, config, now, schedule, kind, &why_kind);
     };
-    if let Some(odds) = view.begin.filter(|odds| *odds <= 0.0) {
+    if let Some(judged) = view.begin.filter(|judged| !judged.begin) {
         let reason = format!(
-            "a quieter moment is likely to come (log odds of beginning now {odds:.1}); {} left",
+            "a quieter moment is likely to come ({judged}); {} left",
             Span(schedule.latest - now)
         );
         let window = Some(window).filter(|w| w.start > now);
@@ -257,10 +273,10 @@ pub fn plan(view: &GroupView<'_>, config: &PlannerConfig, now: UnixNanos) -> Int
         );
         return wait(Waiting::QuieterAhead, Some(window), reason);
     }
-    let allowed = expected_load(&view.forecasts, now)
+    let allowed = expected_load(&loads, now)
         .map(|load| load * config.load_check)
         .unwrap_or(0.0)
-        .max(config.idle * view.forecasts.len() as f64);
+        .max(config.idle * loads.len() as f64);
     if let Some(observed) = view.observed
         && observed > allowed
     {
@@ -272,8 +288,8 @@ pub fn plan(view: &GroupView<'_>, config: &PlannerConfig, now: UnixNanos) -> Int
         return wait(Waiting::LoadAboveForecast, Some(window), reason);
     }
     let why = match view.begin {
-        Some(odds) => format!(
-            "no quieter moment is likely before the deadline in {} (log odds of beginning now {odds:.1})",
+        Some(judged) => format!(
+            "no quieter moment is likely before the deadline in {} ({judged})",
             Span(schedule.deadline - now)
         ),
         None => format!(
@@ -336,7 +352,7 @@ fn without_forecast(
 ) -> Intent {
     let usual = view
         .median
-        .max(config.idle * view.spec.volumes.len() as f64);
+        .max(config.idle * (view.spec.volumes.len() + view.neighbours.len()) as f64);
     match view.observed {
         Some(load) if load > usual => Intent::Wait {
             waiting: Waiting::NoForecast,
@@ -424,6 +440,7 @@ impl fmt::Display for Rate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::window_gate::Starter;
     use crate::model::{Member, TimeScale};
     use crate::plan::types::Criticality;
 
@@ -466,11 +483,20 @@ mod tests {
             differential_takes: Duration::from_secs(2),
             baseline_takes: Duration::from_secs(10),
             forecasts,
+            neighbours: Vec::new(),
             observed: Some(0.0),
             median: 1e6,
             burst_on: None,
             begin: None,
         }
+    }
+
+    fn judged(log_odds: f32) -> Option<Judgement> {
+        Some(Judgement {
+            begin: log_odds > 0.0,
+            by: Starter::Network,
+            log_odds,
+        })
     }
 
     const HIGH: f32 = 1e8;
@@ -520,12 +546,12 @@ mod tests {
             None,
             "a first layer does not wait"
         );
-        v.begin = Some(1.0);
+        v.begin = judged(1.0);
         assert!(matches!(
             plan(&v, &config(), 55 * S),
             Intent::Capture { .. }
         ));
-        v.begin = Some(-1.0);
+        v.begin = judged(-1.0);
         assert!(matches!(
             plan(&v, &config(), 70 * S),
             Intent::Wait {

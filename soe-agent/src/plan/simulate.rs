@@ -336,10 +336,15 @@ impl Run<'_> {
             Command::StartStaging {
                 volume,
                 budget_bytes,
+                copy,
                 ..
             } => {
-                self.counts.stagings += 1;
                 self.heat_until(now);
+                self.staged.choose(&volume, now, budget_bytes);
+                if !copy {
+                    return;
+                }
+                self.counts.stagings += 1;
                 let rate = self.config.planner.staging.rate;
                 let bytes = self
                     .staged
@@ -347,13 +352,25 @@ impl Run<'_> {
                 let copied = now + (bytes as f64 / rate.max(1.0) * 1e9) as i64;
                 self.later(copied, Due::Staged(volume, bytes));
             }
+            Command::JudgeStaging { volume } => {
+                self.heat_until(now);
+                if let Some((chosen, used)) = self.staged.judge(&volume) {
+                    let event = Event::StagingJudged {
+                        volume,
+                        chosen,
+                        used,
+                    };
+                    self.apply(event, now);
+                }
+            }
             Command::CancelStaging { volume, .. } => self.staged.cancel(&volume, now),
             Command::Judge {
                 group,
                 volumes,
+                neighbours,
                 pace,
             } => {
-                let begin = self.forecaster.begin(&volumes, pace);
+                let begin = self.forecaster.begin(&volumes, &neighbours, pace);
                 self.apply(Event::Judged { group, begin }, now);
             }
             Command::Train { .. } => self.train(now),

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::simulate::{Sink, TraceAccess};
 use crate::model::VolumeName;
 use crate::seam::{ByteRange, UnixNanos};
+use crate::stage::chosen::Chosen;
 use crate::stage::score::{Access, HeatMap, ScoreConfig};
 
 /// A row of `staged`: one range, from when to when it was staged.
@@ -48,6 +49,8 @@ struct Staged {
 
 struct VolumeStaging {
     heat: HeatMap,
+    /// What was chosen for the last burst, copied or not.
+    chosen: Option<Chosen>,
     /// What is staged, by offset; ranges are one unit long and aligned to it.
     staged: BTreeMap<u64, Staged>,
 }
@@ -83,6 +86,12 @@ impl StagedSet {
             .range(first..access.range.end())
             .map(|(offset, _)| *offset)
             .collect();
+        if let Some(chosen) = &mut volume.chosen {
+            match access.access {
+                Access::Read => chosen.read(access.range, access.range.len as f64),
+                Access::Write => chosen.overwritten(access.range),
+            }
+        }
         match access.access {
             Access::Read => {
                 let last = access.range.end().saturating_sub(1) / unit;
@@ -114,6 +123,19 @@ impl StagedSet {
         volume
             .heat
             .record(access.at, access.access, access.range, 1.0);
+    }
+
+    /// Chooses the best ranges of `name` at `now`, to be judged; nothing is copied.
+    pub(super) fn choose(&mut self, name: &VolumeName, now: UnixNanos, budget: u64) {
+        let volume = volume(&mut self.volumes, self.config, name);
+        let ranked = volume.heat.rank(now, budget, u64::MAX);
+        volume.chosen = Some(Chosen::new(ranked.iter().map(|r| r.range)));
+    }
+
+    /// Bytes that were chosen last, and bytes of them that were read since.
+    pub(super) fn judge(&mut self, name: &VolumeName) -> Option<(u64, u64)> {
+        let chosen = self.volumes.get_mut(name)?.chosen.take()?;
+        Some(chosen.score())
     }
 
     /// Stages the best ranges of `name` from `now` on; returns the bytes to copy.
@@ -191,6 +213,7 @@ fn volume<'a>(
         .entry(name.clone())
         .or_insert_with(|| VolumeStaging {
             heat: HeatMap::new(config),
+            chosen: None,
             staged: BTreeMap::new(),
         })
 }

@@ -73,9 +73,59 @@ pub fn next_burst(
         .min_by_key(|b| b.at)
 }
 
+/// Whether staging pays for a volume, by how much of what was chosen for bursts was read in them.
+///
+/// While it does not pay, blocks are still chosen but not copied, so that it is known when it would.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PrecisionGate {
+    /// Decayed sum of the share used, and of ones.
+    used: f64,
+    judged: f64,
+    off: bool,
+}
+
+/// What of the evidence is kept after each burst.
+const KEEP: f64 = 0.8;
+/// Bursts of evidence before staging is given up, decayed.
+const LEAST_JUDGED: f64 = 2.4;
+/// Staging comes back at this multiple of the precision at which it is given up.
+const COMES_BACK: f64 = 1.5;
+
+impl PrecisionGate {
+    /// Takes how many of the `chosen` bytes were read.
+    pub fn judge(&mut self, chosen: u64, used: u64, least: f64) {
+        if chosen == 0 {
+            return;
+        }
+        self.used = self.used * KEEP + (used as f64 / chosen as f64).min(1.0);
+        self.judged = self.judged * KEEP + 1.0;
+        let Some(precision) = self.precision() else {
+            return;
+        };
+        self.off = match self.off {
+            false => self.judged >= LEAST_JUDGED && precision < least,
+            true => precision < least * COMES_BACK,
+        };
+    }
+
+    /// The share of the chosen bytes that was read of late; `None` before any burst.
+    pub fn precision(&self) -> Option<f64> {
+        (self.judged > 0.0).then(|| self.used / self.judged)
+    }
+
+    /// Whether staging is given up.
+    pub fn off(&self) -> bool {
+        self.off
+    }
+}
+
 /// What staging has been doing for one volume.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StagingState {
+    /// Whether it pays.
+    pub gate: PrecisionGate,
+    /// When what was chosen last is to be judged.
+    pub judge_at: Option<UnixNanos>,
     /// When the copying under way, or the last one, began.
     pub began: UnixNanos,
     /// How long copying took of late; `None` before the first time.
@@ -90,12 +140,22 @@ pub struct StagingState {
     pub failures: u32,
 }
 
+/// What one volume may take of the budgets.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Allowed {
+    /// Bytes it may stage.
+    pub bytes: u64,
+    /// How fast, in bytes per second.
+    pub rate: f64,
+}
+
 /// Whether to begin staging at `now` for `burst`, and why.
 pub fn should_start(
     state: &StagingState,
     burst: &ExpectedBurst,
     in_burst: bool,
     config: &PlannerConfig,
+    allowed: Allowed,
     now: UnixNanos,
 ) -> Option<String> {
     let staging = &config.staging;
@@ -114,7 +174,7 @@ pub fn should_start(
         return None;
     }
     // What was seen says more than what is allowed, of both the disk and the amount.
-    let most = (staging.budget_bytes as f64 / staging.rate.max(1.0) * 1e9) as i64;
+    let most = (allowed.bytes as f64 / allowed.rate.max(1.0) * 1e9) as i64;
     let copy = state.takes.unwrap_or(most);
     let lead = nanos(config.scale.bin()).saturating_add(copy);
     if now < burst.at.saturating_sub(lead) {
@@ -143,6 +203,36 @@ mod tests {
         c
     }
 
+    fn allowed() -> Allowed {
+        Allowed {
+            bytes: config().staging.budget_bytes,
+            rate: config().staging.rate,
+        }
+    }
+
+    #[test]
+    fn staging_that_is_not_read_is_given_up_and_comes_back() {
+        let mut gate = PrecisionGate::default();
+        gate.judge(1000, 0, 0.1);
+        gate.judge(0, 0, 0.1);
+        assert!(!gate.off(), "one false alarm says little");
+        for _ in 0..3 {
+            gate.judge(1000, 10, 0.1);
+        }
+        assert!(gate.off());
+        gate.judge(1000, 110, 0.1);
+        assert!(gate.off(), "{:?}", gate.precision());
+        for _ in 0..3 {
+            gate.judge(1000, 400, 0.1);
+        }
+        assert!(!gate.off(), "{:?}", gate.precision());
+        // Between the two thresholds nothing changes.
+        while gate.precision().unwrap() > 0.12 {
+            gate.judge(1000, 110, 0.1);
+        }
+        assert!(!gate.off());
+    }
+
     fn forecast(onset: &[f32]) -> QuantileForecast {
         QuantileForecast {
             issued_at: 0,
@@ -163,10 +253,10 @@ mod tests {
         let burst = next_burst(Some(&f), &[], &c, 0).unwrap();
         assert_eq!(burst.at, 100 * S);
         let state = StagingState::default();
-        assert!(should_start(&state, &burst, false, &c, 60 * S).is_none());
-        let reason = should_start(&state, &burst, false, &c, 70 * S).unwrap();
+        assert!(should_start(&state, &burst, false, &c, allowed(), 60 * S).is_none());
+        let reason = should_start(&state, &burst, false, &c, allowed(), 70 * S).unwrap();
         assert!(reason.contains("20.0 s"), "{reason}");
-        assert!(should_start(&state, &burst, true, &c, 70 * S).is_none());
+        assert!(should_start(&state, &burst, true, &c, allowed(), 70 * S).is_none());
     }
 
     #[test]
@@ -181,13 +271,13 @@ mod tests {
             staged_for: Some(100 * S),
             ..StagingState::default()
         };
-        assert!(should_start(&state, &burst, false, &c, 95 * S).is_none());
-        assert!(should_start(&state, &burst, false, &c, 105 * S).is_none());
+        assert!(should_start(&state, &burst, false, &c, allowed(), 95 * S).is_none());
+        assert!(should_start(&state, &burst, false, &c, allowed(), 105 * S).is_none());
         let later = ExpectedBurst {
             at: 300 * S,
             ..burst
         };
-        assert!(should_start(&state, &later, false, &c, 280 * S).is_some());
+        assert!(should_start(&state, &later, false, &c, allowed(), 280 * S).is_some());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::burst::BurstRule;
 use crate::model::name::Name;
-use crate::model::{Happening, LoadBin, Pace, QuantileForecast, TimeScale, VolumeName};
+use crate::model::{Happening, Judgement, LoadBin, Pace, QuantileForecast, TimeScale, VolumeName};
 use crate::seam::UnixNanos;
 use crate::window::EventRow;
 
@@ -29,6 +29,18 @@ pub enum Criticality {
     High,
     /// Served first.
     Critical,
+}
+
+impl Criticality {
+    /// Its share of a budget that is short, relative to the others'.
+    pub fn weight(self) -> f64 {
+        match self {
+            Self::Low => 1.0,
+            Self::Normal => 2.0,
+            Self::High => 4.0,
+            Self::Critical => 8.0,
+        }
+    }
 }
 
 /// What the user asked for when creating a group.
@@ -180,8 +192,8 @@ pub enum Event {
     Judged {
         /// The group.
         group: GroupName,
-        /// The log odds of beginning now; `None` where nothing can be said.
-        begin: Option<f32>,
+        /// Whether to begin now; `None` where nothing can be said.
+        begin: Option<Judgement>,
     },
     /// A forecast that was asked for.
     ForecastReady {
@@ -244,6 +256,22 @@ pub enum Event {
         /// Bytes copied, or why it failed.
         outcome: Result<u64, String>,
     },
+    /// What [`Command::JudgeStaging`] asked for.
+    StagingJudged {
+        /// The volume.
+        volume: VolumeName,
+        /// Bytes that were chosen for staging.
+        chosen: u64,
+        /// Bytes of them that were read until it was asked.
+        used: u64,
+    },
+    /// On which physical disks a volume lies; none if that is not known.
+    VolumePlaced {
+        /// The volume.
+        volume: VolumeName,
+        /// The disks at the bottom of the stack below it.
+        disks: Vec<Name>,
+    },
     /// An event from outside arrived.
     EventReceived(ExternalEvent),
     /// A training ended; what came of it, in words.
@@ -292,8 +320,16 @@ pub enum Command {
         before: UnixNanos,
         /// How many bytes it may take.
         budget_bytes: u64,
+        /// Whether to copy them; otherwise they are only chosen, to be judged.
+        copy: bool,
         /// Why, in words.
         reason: String,
+    },
+    /// Say how much of what was chosen last was read; to be answered by [`Event::StagingJudged`] at once,
+    /// unless nothing was chosen.
+    JudgeStaging {
+        /// The volume.
+        volume: VolumeName,
     },
     /// Stop copying; what is staged stays.
     CancelStaging {
@@ -316,6 +352,8 @@ pub enum Command {
         group: GroupName,
         /// Its volumes.
         volumes: Vec<VolumeName>,
+        /// Other volumes on the same disks.
+        neighbours: Vec<VolumeName>,
         /// How its interval stands.
         pace: Pace,
     },
@@ -337,8 +375,10 @@ pub struct StagingConfig {
     pub alarm: f64,
     /// How fast blocks may be copied, in bytes per second.
     pub rate: f64,
-    /// How many bytes a volume may stage.
+    /// How many bytes all volumes may stage together; shared by [`Criticality::weight`].
     pub budget_bytes: u64,
+    /// A volume of which less than this share of what was chosen is read is not staged, 0 to 1.
+    pub least_precision: f64,
 }
 
 /// How the brain plans. Durations that follow from the time scale are set by
@@ -395,6 +435,7 @@ impl PlannerConfig {
                 alarm: 0.5,
                 rate: 64.0 * 1024.0 * 1024.0,
                 budget_bytes: 1 << 30,
+                least_precision: 0.05,
             },
         }
     }

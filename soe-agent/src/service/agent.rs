@@ -9,9 +9,9 @@ use std::time::Duration;
 use soe_common::record::DiskStats;
 use tokio::sync::{broadcast, oneshot};
 
-use super::ServiceError;
 use super::state::{Group, State, StateLock, boot_id};
 use super::steps::Moment;
+use super::{ServiceError, models};
 use crate::api::engine::EngineError;
 use crate::api::types::{Decision, LayerInfo, WatchEvent, WatchItem};
 use crate::capture::guard::marker;
@@ -24,13 +24,15 @@ use crate::layer::fs::DirFs;
 use crate::layer::{LayerStore, StoreOptions};
 use crate::metrics::Metrics;
 use crate::model::mixture::{Mixture, MixtureConfig};
-use crate::model::{LoadBin, TimeScale, Trained};
+use crate::model::registry::Registry;
+use crate::model::{LoadBin, TimeScale, VolumeName};
 use crate::observe::disk::{DiskTrack, SliceMap};
 use crate::observe::tracker::{Start, Tracker, TrackerOptions};
 use crate::observe::volumes::{self, Volume};
-use crate::plan::{Brain, PlannerConfig};
+use crate::plan::{Brain, Event, PlannerConfig};
 use crate::seam::{ChangeMap, Clock, GenerationEnd};
 use crate::stage::area::StageArea;
+use crate::stage::chosen::Chosen;
 use crate::stage::score::{HeatMap, ScoreConfig};
 use crate::window::{Name, VolumeWindow};
 
@@ -73,6 +75,8 @@ pub(super) struct Entry {
     pub(super) settling: Mutex<PathSettling>,
     pub(super) sampling: Mutex<Sampling>,
     pub(super) heat: Mutex<HeatMap>,
+    /// What was chosen for the last burst, copied or not.
+    pub(super) chosen: Mutex<Option<Chosen>>,
     /// How often staging was cancelled: copying goes on while this is what it was when it was asked for.
     pub(super) staging_cancels: AtomicU64,
     pub(super) last_decision: Mutex<Option<Decision>>,
@@ -95,6 +99,8 @@ pub struct Agent {
     pub(super) area: Option<StageArea>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) mind: Mutex<Mind>,
+    /// The networks trained here. Taken before the mind where both are needed.
+    pub(super) models: Mutex<Registry>,
     pub(super) state: Mutex<State>,
     pub(super) entries: Mutex<BTreeMap<String, Arc<Entry>>>,
     /// Entries of volumes that are gone, as long as somebody still works with them.
@@ -178,20 +184,8 @@ impl Agent {
         };
         let guard = spawn_guard(&marker)?;
         let mut mixture = Mixture::new(MixtureConfig::new(scale));
-        let weights = state_dir.join("model.soe");
-        if let Err(error) =
-            crate::model::weights::prior().and_then(|prior| mixture.set_prior(&prior))
-        {
-            tracing::warn!(%error, "the network that ships with SOE is not used");
-        }
-        if weights.exists() {
-            match Trained::load(&weights).and_then(|trained| mixture.restore(&trained)) {
-                Ok(()) => tracing::info!("the network that served before serves again"),
-                Err(error) => {
-                    tracing::warn!(%error, "the network that was trained here is not used until the next training")
-                }
-            }
-        }
+        let models = models::registry(&state_dir)?;
+        models::restore(&models, &mut mixture);
         let planner = planner_config(&config, scale, area.is_some());
         let (watch, _) = broadcast::channel(WATCH_BACKLOG);
         let agent = Self {
@@ -209,6 +203,7 @@ impl Agent {
                 brain: Brain::new(planner),
                 mixture,
             }),
+            models: Mutex::new(models),
             state: Mutex::new(state),
             entries: Mutex::default(),
             parted: Mutex::default(),
@@ -346,6 +341,7 @@ impl Agent {
                 half_life: self.scale.season(),
                 ..ScoreConfig::default()
             })),
+            chosen: Mutex::new(None),
             staging_cancels: AtomicU64::new(0),
             last_decision: Mutex::new(None),
             volume,
@@ -353,6 +349,14 @@ impl Agent {
             track,
         });
         entries.insert(name.to_string(), entry.clone());
+        drop(entries);
+        let disks = entry.volume.disk.bottom();
+        let placed = Event::VolumePlaced {
+            volume: VolumeName::from(&*entry.name),
+            disks: disks.iter().map(|disk| disk.as_str().into()).collect(),
+        };
+        // It is only taken note of.
+        let _ = lock(&self.mind).brain.apply(placed, self.clock.now());
         Ok(entry)
     }
 
@@ -581,6 +585,7 @@ pub(super) fn planner_config(config: &Config, scale: TimeScale, has_area: bool) 
     planner.idle = config.plan.idle as f64;
     planner.staging.enabled = has_area;
     planner.staging.alarm = config.plan.stage_above;
+    planner.staging.least_precision = config.plan.stage_precision;
     planner.staging.budget_bytes = config.staging.budget;
     planner
 }

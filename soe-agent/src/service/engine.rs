@@ -12,7 +12,7 @@ use super::ServiceError;
 use super::agent::{Agent, lock};
 use super::report::{layer_detail, layer_info};
 use super::state::Group;
-use crate::api::engine::{Engine, EngineError, ErrorKind, Reply, StreamReply};
+use crate::api::engine::{Engine, EngineError, ErrorKind, Reply, StreamReply, WhichModel};
 use crate::api::types::*;
 use crate::layer::{ErrorClass, LayerError};
 use crate::model::{Forecaster, VolumeName};
@@ -269,6 +269,19 @@ impl Engine for Arc<Agent> {
         })
     }
 
+    fn model_backtest(&self, volume: Option<String>) -> Reply<'_, ModelReport> {
+        let agent = self.clone();
+        blocking(move || agent.backtest_models(volume))
+    }
+
+    fn model_serve(&self, which: WhichModel) -> Reply<'_, ModelReport> {
+        let agent = self.clone();
+        blocking(move || {
+            agent.serve_model(which)?;
+            agent.model_report(None)
+        })
+    }
+
     fn publish_event(&self, event: Event) -> Reply<'_, bool> {
         let agent = self.clone();
         blocking(move || agent.take_event(event))
@@ -359,66 +372,6 @@ impl Engine for Arc<Agent> {
 }
 
 impl Agent {
-    fn model_report(&self, volume: Option<String>) -> Result<ModelReport, EngineError> {
-        if let Some(volume) = &volume {
-            self.known(volume)?;
-        }
-        let mind = lock(&self.mind);
-        let network = mind.mixture.network();
-        let serving = volume
-            .as_ref()
-            .and_then(|volume| mind.mixture.serving(&VolumeName::from(volume.as_str())));
-        Ok(ModelReport {
-            serving: serving
-                .as_ref()
-                .map_or_else(|| "none".into(), |s| s.member.to_string()),
-            reason: serving.as_ref().map_or_else(
-                || "no volume was named, or nothing was observed of it yet".into(),
-                |s| s.why.clone(),
-            ),
-            members: serving
-                .map(|s| {
-                    s.losses
-                        .into_iter()
-                        .map(|(member, loss)| MemberScore {
-                            member: member.to_string(),
-                            quantile_loss: loss,
-                            matured: s.bins as u64,
-                        })
-                        .collect()
-                })
-                .unwrap_or_default(),
-            trained_at: network.map(|n| n.data_to),
-            trained_on: network.map(|n| TimeWindow {
-                start: n.data_from,
-                end: n.trained_until,
-            }),
-            training_samples: network.map_or(0, |n| n.samples as u64),
-            seed: network.map(|n| n.seed),
-            parameters: network.map(|n| n.shape.weights() as u64),
-            effects: volume
-                .as_ref()
-                .map(|volume| mind.mixture.effects(&VolumeName::from(volume.as_str())))
-                .unwrap_or_default()
-                .into_iter()
-                .map(|effect| EventEffect {
-                    kind: effect.kind,
-                    subject: effect.subject,
-                    events: effect.events,
-                    factor: effect.factor,
-                    after_s: self
-                        .scale
-                        .bin()
-                        .as_secs()
-                        .saturating_mul(effect.after_bins as u64),
-                    burst_probability: effect.burst_probability,
-                    believed: effect.believed,
-                })
-                .collect(),
-            volume,
-        })
-    }
-
     fn list_volumes_now(&self) -> Vec<VolumeInfo> {
         let groups = self.volumes_of_groups();
         let mut out = Vec::new();

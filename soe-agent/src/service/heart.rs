@@ -22,6 +22,8 @@ use crate::window::{AppStatsRow, DecisionRow, ForecastRow, RegionHeatRow, Volume
 
 /// Between two rounds of compaction and retention.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(300);
+/// Bytes that a read is taken to have at least.
+const LEAST_READ: f64 = 4096.0;
 /// Bins of a forecast that are kept in the history.
 const KEPT_BINS: usize = SHORT_HORIZON;
 
@@ -117,7 +119,9 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
     let usual = nanos(agent.config().history.interval);
     let closed = spread(agent.scale, usual, bin, open, &window);
     let heat_rows = if heat {
-        heat_rows(agent, entry, &mut sampling.heat, now)
+        let read = &window.read;
+        let mean = read.bytes.unwrap_or(0) as f64 / read.ops.unwrap_or(0).max(1) as f64;
+        heat_rows(agent, entry, &mut sampling.heat, now, mean)
     } else {
         Vec::new()
     };
@@ -160,6 +164,7 @@ fn heat_rows(
     entry: &Entry,
     before: &mut BTreeMap<u64, (u32, u32)>,
     now: UnixNanos,
+    mean_read: f64,
 ) -> Vec<RegionHeatRow> {
     let interval = nanos(agent.config().history.region_interval);
     let region_bytes = soe_common::SECTOR_SIZE << entry.track.geometry().region_shift;
@@ -197,6 +202,12 @@ fn heat_rows(
         });
     }
     drop(map);
+    if let Some(chosen) = &mut *lock(&entry.chosen) {
+        // How large a region's reads were is not known; the window that ends now has seen some of them.
+        for (range, reads) in &read {
+            chosen.read(*range, *reads as f64 * mean_read.max(LEAST_READ));
+        }
+    }
     agent.note_reads(entry, now, &read);
     rows
 }
@@ -372,8 +383,13 @@ impl Agent {
                 volume,
                 before,
                 budget_bytes,
+                copy,
                 reason,
             } => {
+                self.choose(&volume, budget_bytes);
+                if !copy {
+                    return None;
+                }
                 tracing::info!(volume = %volume, before, budget_bytes, reason, "staging");
                 let agent = self.clone();
                 // Before the job runs, or a cancellation that comes first would be lost.
@@ -399,6 +415,15 @@ impl Agent {
                     entry.staging_cancels.fetch_add(1, Ordering::SeqCst);
                 }
             }
+            Command::JudgeStaging { volume } => {
+                let entry = self.entry(&volume)?;
+                let (chosen, used) = lock(&entry.chosen).take()?.score();
+                return Some(Event::StagingJudged {
+                    volume,
+                    chosen,
+                    used,
+                });
+            }
             Command::Forecast { volume, horizon } => {
                 let began = self.clock.monotonic();
                 let forecast = lock(&self.mind).mixture.forecast(&volume, horizon)?;
@@ -415,9 +440,10 @@ impl Agent {
             Command::Judge {
                 group,
                 volumes,
+                neighbours,
                 pace,
             } => {
-                let begin = lock(&self.mind).mixture.begin(&volumes, pace);
+                let begin = lock(&self.mind).mixture.begin(&volumes, &neighbours, pace);
                 return Some(Event::Judged { group, begin });
             }
             Command::Train { reason } => {
@@ -544,54 +570,5 @@ impl Agent {
         if let Err(error) = self.history.append(&[row]) {
             tracing::warn!(%error, "a decision could not be kept");
         }
-    }
-
-    /// Trains the network on what the forecasters remember, and offers it for service.
-    #[cfg(feature = "model")]
-    pub(super) fn train(&self) -> Result<String, String> {
-        // A thread of its own, because its priority stays low.
-        std::thread::scope(|scope| scope.spawn(|| self.train_here()).join())
-            .unwrap_or_else(|_| Err("the training ended by a panic; the log says why".into()))
-    }
-
-    #[cfg(feature = "model")]
-    fn train_here(&self) -> Result<String, String> {
-        use crate::model::Promotion;
-        use crate::model::net::{Budget, train};
-        let dataset = lock(&self.mind).mixture.dataset();
-        let began = self.clock.monotonic();
-        let budget = Budget {
-            max_samples: Budget::BACKGROUND_SAMPLES,
-            cores: Some(self.config().limits.cpu),
-            ..Budget::default()
-        };
-        // SAFETY: setpriority of this thread touches no memory.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
-        let seed = u64::from(self.config().model.seed);
-        let prior = crate::model::weights::prior().ok();
-        let trained = train(&dataset, budget, seed, prior.as_ref(), &self.stopping)
-            .map_err(|e| e.to_string())?;
-        self.metrics
-            .training_duration
-            .observe([], (self.clock.monotonic() - began).as_secs_f64());
-        let promotion = lock(&self.mind)
-            .mixture
-            .install(&trained)
-            .map_err(|e| e.to_string())?;
-        match promotion {
-            Promotion::Promoted { reason } => {
-                trained
-                    .save(&self.config().state_dir().join("model.soe"))
-                    .map_err(|e| e.to_string())?;
-                Ok(reason)
-            }
-            Promotion::Rejected { reason } => Ok(reason),
-        }
-    }
-
-    /// Without burn there is nothing to train.
-    #[cfg(not(feature = "model"))]
-    pub(super) fn train(&self) -> Result<String, String> {
-        Err("this build has no network (feature \"model\")".into())
     }
 }

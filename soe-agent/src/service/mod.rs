@@ -12,6 +12,7 @@ mod events;
 mod groups;
 mod heart;
 mod hotplug;
+mod models;
 mod prime;
 mod reload;
 mod report;
@@ -59,6 +60,9 @@ pub enum ServiceError {
     /// The state file.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The folder of the trained networks.
+    #[error(transparent)]
+    Models(#[from] crate::model::weights::ModelError),
     /// The staging area.
     #[error(transparent)]
     Stage(#[from] crate::stage::area::StageError),

@@ -5,7 +5,9 @@ use std::sync::atomic::Ordering;
 use super::agent::{Agent, Entry, lock};
 use crate::api::types::{self, WatchEvent};
 use crate::io::{ReadOptions, VolumeSpec, open_reader};
+use crate::model::VolumeName;
 use crate::seam::{ByteRange, ChangeMap, Clock, UnixNanos};
+use crate::stage::chosen::Chosen;
 use crate::window::StagingRow;
 
 impl Agent {
@@ -39,6 +41,15 @@ impl Agent {
     pub(super) fn staging_cancels(&self, volume: &str) -> u64 {
         self.entry(volume)
             .map_or(0, |entry| entry.staging_cancels.load(Ordering::SeqCst))
+    }
+
+    /// Chooses the blocks most likely to be read, and remembers them: by them staging is judged.
+    pub(super) fn choose(&self, volume: &str, budget: u64) {
+        let Some(entry) = self.entry(volume) else {
+            return;
+        };
+        let ranked = lock(&entry.heat).rank(self.clock.now(), budget, entry.volume.bytes());
+        *lock(&entry.chosen) = Some(Chosen::new(ranked.iter().map(|r| r.range)));
     }
 
     /// Copies the blocks most likely to be read, best first, within `budget` bytes, until it was
@@ -110,6 +121,10 @@ impl Agent {
         entry: &Entry,
     ) -> Result<types::StageReport, super::ServiceError> {
         let mut status = types::StagingStatus::default();
+        let gate = lock(&self.mind)
+            .brain
+            .staging_gate(&VolumeName::from(entry.name.as_str()))
+            .unwrap_or_default();
         if let Some(area) = &self.area {
             let stats = area.status(&entry.map)?;
             status = types::StagingStatus {
@@ -119,6 +134,8 @@ impl Agent {
                 used_bytes: stats.used_bytes,
                 invalidated_bytes: stats.invalidated_bytes,
                 hit_ratio: (stats.reads > 0).then(|| stats.hits as f64 / stats.reads as f64),
+                precision: gate.precision(),
+                switched_off: gate.off(),
             };
         }
         Ok(types::StageReport {

@@ -2,4 +2,6 @@
 
 pub mod area;
 
+pub mod chosen;
+
 pub mod score;

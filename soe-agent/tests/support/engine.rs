@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream;
-use soe_agent::api::engine::{Engine, EngineError, ErrorKind, Reply, StreamReply};
+use soe_agent::api::engine::{Engine, EngineError, ErrorKind, Reply, StreamReply, WhichModel};
 use soe_agent::api::types::*;
 use soe_agent::seam::ByteRange;
 
@@ -222,6 +222,14 @@ impl Engine for MemoryEngine {
     }
 
     fn model_train(&self, _volume: Option<String>) -> Reply<'_, ModelReport> {
+        self.answer(|| Ok(samples::model()))
+    }
+
+    fn model_backtest(&self, _volume: Option<String>) -> Reply<'_, ModelReport> {
+        self.answer(|| Ok(samples::model()))
+    }
+
+    fn model_serve(&self, _which: WhichModel) -> Reply<'_, ModelReport> {
         self.answer(|| Ok(samples::model()))
     }
 

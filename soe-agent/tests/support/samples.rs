@@ -58,6 +58,8 @@ pub fn staging() -> StagingStatus {
         used_bytes: 1 << 20,
         invalidated_bytes: 4096,
         hit_ratio: Some(0.5),
+        precision: Some(0.25),
+        switched_off: true,
     }
 }
 
@@ -195,6 +197,22 @@ pub fn model() -> ModelReport {
             after_s: 300,
             burst_probability: 0.75,
             believed: true,
+        }],
+        starts: vec![StartScore {
+            volumes: vec!["/dev/loop0".into()],
+            by: "network".into(),
+            intervals: 12.5,
+            network_regret: Some(0.25),
+            rule_regret: None,
+        }],
+        versions: vec![ModelVersion {
+            version: Some(3),
+            serving: true,
+            trained_at: Some(T0),
+            training_samples: 1000,
+            score: Some(0.75),
+            backtest: Some(0.5),
+            unusable: Some("damaged".into()),
         }],
     }
 }

@@ -3,7 +3,7 @@
 use super::{WireError, pb, required};
 use crate::api::types::{
     Decision, EventEffect, ForecastPoint, ForecastReport, LoadPoint, MemberScore, ModelReport,
-    Prediction,
+    ModelVersion, Prediction, StartScore,
 };
 
 impl From<Prediction> for pb::Prediction {
@@ -196,6 +196,58 @@ impl From<pb::EventEffect> for EventEffect {
     }
 }
 
+impl From<StartScore> for pb::StartScore {
+    fn from(s: StartScore) -> Self {
+        Self {
+            volumes: s.volumes,
+            by: s.by,
+            intervals: s.intervals,
+            network_regret: s.network_regret,
+            rule_regret: s.rule_regret,
+        }
+    }
+}
+
+impl From<pb::StartScore> for StartScore {
+    fn from(s: pb::StartScore) -> Self {
+        Self {
+            volumes: s.volumes,
+            by: s.by,
+            intervals: s.intervals,
+            network_regret: s.network_regret,
+            rule_regret: s.rule_regret,
+        }
+    }
+}
+
+impl From<ModelVersion> for pb::ModelVersion {
+    fn from(v: ModelVersion) -> Self {
+        Self {
+            version: v.version,
+            serving: v.serving,
+            trained_at_unix_ns: v.trained_at,
+            training_samples: v.training_samples,
+            score: v.score,
+            backtest: v.backtest,
+            unusable: v.unusable,
+        }
+    }
+}
+
+impl From<pb::ModelVersion> for ModelVersion {
+    fn from(v: pb::ModelVersion) -> Self {
+        Self {
+            version: v.version,
+            serving: v.serving,
+            trained_at: v.trained_at_unix_ns,
+            training_samples: v.training_samples,
+            score: v.score,
+            backtest: v.backtest,
+            unusable: v.unusable,
+        }
+    }
+}
+
 impl From<ModelReport> for pb::ModelReport {
     fn from(m: ModelReport) -> Self {
         Self {
@@ -209,6 +261,8 @@ impl From<ModelReport> for pb::ModelReport {
             seed: m.seed,
             parameters: m.parameters,
             effects: m.effects.into_iter().map(Into::into).collect(),
+            starts: m.starts.into_iter().map(Into::into).collect(),
+            versions: m.versions.into_iter().map(Into::into).collect(),
         }
     }
 }
@@ -226,6 +280,8 @@ impl From<pb::ModelReport> for ModelReport {
             seed: m.seed,
             parameters: m.parameters,
             effects: m.effects.into_iter().map(Into::into).collect(),
+            starts: m.starts.into_iter().map(Into::into).collect(),
+            versions: m.versions.into_iter().map(Into::into).collect(),
         }
     }
 }

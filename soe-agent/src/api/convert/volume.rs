@@ -52,6 +52,8 @@ impl From<StagingStatus> for pb::StagingStatus {
             used_bytes,
             invalidated_bytes,
             hit_ratio,
+            precision,
+            switched_off,
         } = s;
         Self {
             budget_bytes,
@@ -60,6 +62,8 @@ impl From<StagingStatus> for pb::StagingStatus {
             used_bytes,
             invalidated_bytes,
             hit_ratio,
+            precision,
+            switched_off,
         }
     }
 }
@@ -73,6 +77,8 @@ impl From<pb::StagingStatus> for StagingStatus {
             used_bytes,
             invalidated_bytes,
             hit_ratio,
+            precision,
+            switched_off,
         } = s;
         Self {
             budget_bytes,
@@ -81,6 +87,8 @@ impl From<pb::StagingStatus> for StagingStatus {
             used_bytes,
             invalidated_bytes,
             hit_ratio,
+            precision,
+            switched_off,
         }
     }
 }

@@ -12,7 +12,7 @@ use super::span::{Effect, Span};
 use super::status::{caller, to_status};
 use crate::api::audit::{Audit, Caller, Entry, Outcome};
 use crate::api::convert::{self, WireError};
-use crate::api::engine::{Engine, EngineError, Reply, StreamReply};
+use crate::api::engine::{Engine, EngineError, Reply, StreamReply, WhichModel};
 use crate::api::pb::snapshot_orchestration_server::SnapshotOrchestration;
 use crate::api::types::{
     Event, EventQuery, GroupSpec, GroupUpdate, HostUpdate, RestorePhase, RestoreProgress,
@@ -425,6 +425,36 @@ impl SnapshotOrchestration for Service {
         let volume = request.into_inner().volume;
         let span = self.span("ModelTrain", Effect::Works, caller, &volume);
         self.unary(span, Ok(()), || self.engine.model_train(some(volume)))
+            .await
+    }
+
+    async fn model_backtest(
+        &self,
+        request: Request<pb::ModelRequest>,
+    ) -> Result<Response<pb::ModelReport>, Status> {
+        let span = self.span("ModelBacktest", Effect::Reads, caller(&request), "");
+        self.unary(span, Ok(()), || {
+            self.engine
+                .model_backtest(some(request.into_inner().volume))
+        })
+        .await
+    }
+
+    async fn model_serve(
+        &self,
+        request: Request<pb::ModelServeRequest>,
+    ) -> Result<Response<pb::ModelReport>, Status> {
+        use pb::model_serve_request::Which;
+        let caller = caller(&request);
+        let which = request.into_inner().which;
+        let which = match which {
+            Some(Which::Version(number)) => WhichModel::Version(number),
+            Some(Which::Shipped(true)) => WhichModel::Shipped,
+            Some(Which::Before(true)) => WhichModel::Before,
+            _ => return Err(to_status(WireError::Missing { field: "which" }.into())),
+        };
+        let span = self.span("ModelServe", Effect::Changes, caller, "");
+        self.unary(span, Ok(()), || self.engine.model_serve(which))
             .await
     }
 

@@ -17,7 +17,7 @@ pub use layer::{
 };
 pub use prediction::{
     Decision, EventEffect, ForecastPoint, ForecastReport, LoadPoint, MemberScore, ModelReport,
-    Prediction, TimeWindow,
+    ModelVersion, Prediction, StartScore, TimeWindow,
 };
 pub use volume::{StageReport, StagingStatus, TraceReport, TrackingState, VolumeInfo};
 pub use watch::{LoadSample, WatchEvent, WatchItem};

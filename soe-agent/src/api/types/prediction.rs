@@ -134,6 +134,49 @@ pub struct ModelReport {
     /// What events do to the volume.
     #[serde(default)]
     pub effects: Vec<EventEffect>,
+    /// Who says when captures begin in which the volume takes part.
+    #[serde(default)]
+    pub starts: Vec<StartScore>,
+    /// The networks there are to go back to, oldest first; the one that ships comes first.
+    #[serde(default)]
+    pub versions: Vec<ModelVersion>,
+}
+
+/// Who says when captures of some volumes begin, and how well each one did there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StartScore {
+    /// The volumes that are captured together.
+    pub volumes: Vec<String>,
+    /// Who says when: `network` or `rule`.
+    pub by: String,
+    /// Intervals judged; older ones count less.
+    pub intervals: f64,
+    /// Regret of the network: 0 is the quietest start of every interval, 1 a random one.
+    pub network_regret: Option<f64>,
+    /// The same of the rule.
+    pub rule_regret: Option<f64>,
+}
+
+/// A network that serves, or that can be gone back to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelVersion {
+    /// Its number; `None` for the network that ships.
+    pub version: Option<u64>,
+    /// Whether it serves.
+    pub serving: bool,
+    /// When it was trained.
+    #[serde(with = "rfc3339::option")]
+    pub trained_at: Option<UnixNanos>,
+    /// Samples it was trained on.
+    pub training_samples: u64,
+    /// Its loss relative to that of the weighted mean when it was trained; below 1 is better.
+    pub score: Option<f64>,
+    /// The same over the history since the newest of them was trained, if that was asked for.
+    #[serde(default)]
+    pub backtest: Option<f64>,
+    /// Why it cannot serve, if it cannot.
+    #[serde(default)]
+    pub unusable: Option<String>,
 }
 
 /// What a kind of event does to a volume, as far as it has been learnt.

@@ -72,6 +72,12 @@ pub struct StagingStatus {
     /// Share of the volume's reads that were of staged and valid blocks, since something of it is
     /// staged, as far as the heat of its regions tells; `None` before the first read.
     pub hit_ratio: Option<f64>,
+    /// Share of the bytes chosen for the last bursts that was read in them; `None` before any.
+    #[serde(default)]
+    pub precision: Option<f64>,
+    /// Whether bursts are not staged for because too little of it was read.
+    #[serde(default)]
+    pub switched_off: bool,
 }
 
 /// [`StagingStatus`] with its volume.

@@ -113,6 +113,7 @@ fn planner(config: &Config) -> Result<PlannerConfig, CliError> {
         train_every: config.model.train_every,
         staging: StagingConfig {
             alarm: config.plan.stage_above,
+            least_precision: config.plan.stage_precision,
             budget_bytes: config.staging.budget,
             ..defaults.staging
         },

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Brain, Capture, Group, Volume};
 use crate::model::{QuantileForecast, VolumeName};
-use crate::plan::capture::{GroupView, Intent, Waiting, plan};
+use crate::plan::capture::{GroupView, Intent, Span, Waiting, plan};
 use crate::plan::types::{Action, CaptureHints, CaptureKind, Command, Decision, GroupName, nanos};
 use crate::plan::window::Window;
 use crate::seam::UnixNanos;
@@ -100,9 +100,11 @@ impl Brain {
         if group.judged.is_some_and(|(asked, _)| asked == moment) {
             return false;
         }
+        let neighbours = self.neighbours(&group.spec.volumes);
         out.push(Command::Judge {
             group: name.clone(),
             volumes: group.spec.volumes.clone(),
+            neighbours: neighbours.into_iter().cloned().collect(),
             pace,
         });
         if let Some(group) = self.groups.get_mut(name) {
@@ -124,7 +126,15 @@ impl Brain {
             return;
         }
         let intent = plan(&self.view(group, now), &self.config, now);
+        let left = self.view(group, now).schedule(&self.config).latest - now;
         match intent {
+            // Two at once on a disk would only slow each other, and everyone else.
+            Intent::Capture { urgent: false, .. }
+                if let Some(busy) = self.busy_disk(&group.spec.volumes) =>
+            {
+                let reason = format!("{busy}; {} left", Span(left));
+                self.wait(name, Waiting::Neighbour, None, &reason, now, out);
+            }
             Intent::Capture {
                 kind,
                 urgent,
@@ -139,6 +149,23 @@ impl Brain {
         }
     }
 
+    /// What is being done to a disk of these volumes, if anything is.
+    fn busy_disk(&self, volumes: &[VolumeName]) -> Option<String> {
+        let neighbours = self.neighbours(volumes);
+        let captured = self.captures.iter().find_map(|(group, capture)| {
+            let volume = capture.volumes.iter().find(|v| neighbours.contains(v))?;
+            Some(format!(
+                "{volume} on the same disk is being captured for group {group}"
+            ))
+        });
+        captured.or_else(|| {
+            let staged =
+                |name: &&&VolumeName| self.volumes.get(**name).is_some_and(|v| v.staging.running);
+            let volume = neighbours.iter().find(staged)?;
+            Some(format!("{volume} on the same disk is being staged"))
+        })
+    }
+
     pub(super) fn view<'a>(&'a self, group: &'a Group, now: UnixNanos) -> GroupView<'a> {
         let volumes: Vec<(&VolumeName, &Volume)> = group
             .spec
@@ -149,10 +176,31 @@ impl Brain {
         let all = volumes.len() == group.spec.volumes.len();
         let forecasts: Option<Vec<&QuantileForecast>> =
             volumes.iter().map(|(_, v)| v.forecast.as_deref()).collect();
+        let bin = self.config.scale.bin_nanos();
+        let neighbours: Vec<&Volume> = self
+            .neighbours(&group.spec.volumes)
+            .into_iter()
+            .filter_map(|name| self.volumes.get(name))
+            .filter(|v| {
+                let fresh = |f: &QuantileForecast| now.saturating_sub(f.issued_at) <= 2 * bin;
+                v.forecast.as_deref().is_some_and(fresh)
+            })
+            .collect();
         let observed = volumes
             .iter()
             .map(|(_, v)| self.fresh(v, now))
-            .sum::<Option<f64>>();
+            .sum::<Option<f64>>()
+            .map(|own| {
+                own + neighbours
+                    .iter()
+                    .filter_map(|v| self.fresh(v, now))
+                    .sum::<f64>()
+            });
+        let medians = volumes
+            .iter()
+            .map(|(_, v)| *v)
+            .chain(neighbours.iter().copied());
+        let median = medians.map(|v| v.detector.median()).sum();
         let expected = self
             .changed(&group.spec.volumes)
             .zip(group.rate)
@@ -168,7 +216,11 @@ impl Brain {
             baseline_takes: group.baseline_takes,
             forecasts: forecasts.filter(|_| all).unwrap_or_default(),
             observed: observed.filter(|_| all),
-            median: volumes.iter().map(|(_, v)| v.detector.median()).sum(),
+            median,
+            neighbours: neighbours
+                .iter()
+                .filter_map(|v| v.forecast.as_deref())
+                .collect(),
             burst_on: volumes
                 .iter()
                 .find(|(_, v)| self.in_burst(v, now))

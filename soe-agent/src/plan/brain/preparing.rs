@@ -1,10 +1,10 @@
 //! What is done ahead of time: staging, announced bursts, training.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Brain, Group};
-use crate::model::VolumeName;
-use crate::plan::staging::{next_burst, should_start};
+use crate::model::{ONSET_BINS, VolumeName};
+use crate::plan::staging::{Allowed, next_burst, should_start};
 use crate::plan::types::{Action, Command, Decision, ExternalEvent, nanos};
 use crate::seam::UnixNanos;
 
@@ -19,8 +19,77 @@ impl Brain {
 
     pub(super) fn plan_staging(&mut self, now: UnixNanos, out: &mut Vec<Command>) {
         for volume in self.staged_volumes() {
+            self.judge_staging_if_due(&volume, now, out);
             self.stage_if_due(&volume, now, out);
         }
+    }
+
+    /// What `name` may take: its share of the bytes by criticality, and of the rate by how many volumes are
+    /// being staged.
+    fn allowed(&self, name: &VolumeName) -> Allowed {
+        let mut weights: BTreeMap<&VolumeName, f64> = BTreeMap::new();
+        for group in self.groups.values().filter(|g| g.spec.prediction_enabled) {
+            for volume in &group.spec.volumes {
+                let weight = weights.entry(volume).or_default();
+                *weight = weight.max(group.spec.criticality.weight());
+            }
+        }
+        let all: f64 = weights.values().sum();
+        let share = weights.get(name).map_or(0.0, |weight| weight / all);
+        let running = self.volumes.values().filter(|v| v.staging.running).count();
+        let staging = &self.config.staging;
+        Allowed {
+            bytes: (staging.budget_bytes as f64 * share) as u64,
+            rate: staging.rate / (running + 1) as f64,
+        }
+    }
+
+    fn judge_staging_if_due(&mut self, name: &VolumeName, now: UnixNanos, out: &mut Vec<Command>) {
+        let Some(volume) = self.volumes.get_mut(name) else {
+            return;
+        };
+        if volume.staging.judge_at.is_some_and(|at| at <= now) {
+            volume.staging.judge_at = None;
+            out.push(Command::JudgeStaging {
+                volume: name.clone(),
+            });
+        }
+    }
+
+    pub(super) fn staging_judged(
+        &mut self,
+        name: &VolumeName,
+        chosen: u64,
+        used: u64,
+        now: UnixNanos,
+        out: &mut Vec<Command>,
+    ) {
+        let least = self.config.staging.least_precision;
+        let Some(volume) = self.volumes.get_mut(name) else {
+            return;
+        };
+        let gate = &mut volume.staging.gate;
+        let before = gate.off();
+        gate.judge(chosen, used, least);
+        let percent = gate.precision().unwrap_or(0.0) * 100.0;
+        let reason = match (before, gate.off()) {
+            (false, true) => format!(
+                "staging is switched off for this volume: {percent:.1} % of what was chosen for the last bursts was read"
+            ),
+            (true, false) => format!(
+                "staging is switched on again: {percent:.1} % of what would have been staged for the last bursts was read"
+            ),
+            _ => return,
+        };
+        out.push(Command::RecordDecision(Decision {
+            at: now,
+            group: None,
+            volume: name.clone(),
+            action: Action::Wait,
+            window_start: None,
+            window_end: None,
+            reason,
+        }));
     }
 
     pub(super) fn plan_staging_of(
@@ -50,11 +119,32 @@ impl Brain {
         let Some(burst) = next_burst(forecast, &volume.announced, &config, now) else {
             return;
         };
-        let Some(reason) = should_start(&volume.staging, &burst, in_burst, &config, now) else {
+        let allowed = self.allowed(name);
+        let Some(reason) = should_start(&volume.staging, &burst, in_burst, &config, allowed, now)
+        else {
             return;
         };
+        let copy = !volume.staging.gate.off();
+        let (action, reason) = match copy {
+            true => (Action::Stage, reason),
+            false => (
+                Action::Wait,
+                format!("{reason}; staging is switched off, so blocks are chosen and watched only"),
+            ),
+        };
         if let Some(volume) = self.volumes.get_mut(name) {
-            volume.staging.running = true;
+            // What was chosen before is judged by what was read so far.
+            if volume.staging.judge_at.is_some() {
+                out.push(Command::JudgeStaging {
+                    volume: name.clone(),
+                });
+            }
+            volume.staging.judge_at = Some(
+                burst
+                    .at
+                    .saturating_add(config.scale.bin_nanos() * ONSET_BINS as i64),
+            );
+            volume.staging.running = copy;
             volume.staging.began = now;
             volume.staging.staged_for = Some(burst.at);
         }
@@ -62,7 +152,7 @@ impl Brain {
             at: now,
             group: None,
             volume: name.clone(),
-            action: Action::Stage,
+            action,
             window_start: Some(now),
             window_end: Some(burst.at),
             reason: reason.clone(),
@@ -70,7 +160,8 @@ impl Brain {
         out.push(Command::StartStaging {
             volume: name.clone(),
             before: burst.at,
-            budget_bytes: config.staging.budget_bytes,
+            budget_bytes: allowed.bytes,
+            copy,
             reason,
         });
     }
@@ -131,6 +222,7 @@ impl Brain {
             Err(reason) => {
                 state.failures = state.failures.saturating_add(1);
                 state.staged_for = None;
+                state.judge_at = None;
                 let wait = bin.saturating_mul(1 << (state.failures - 1).min(8));
                 state.not_before = Some(now.saturating_add(wait));
                 out.push(Command::RecordDecision(Decision {

@@ -7,6 +7,8 @@ use crate::model::mixture::{Mixture, MixtureConfig};
 use crate::model::{Forecaster, LoadBin, TimeScale};
 use crate::plan::types::{Action, Criticality, Decision, ExternalEvent};
 
+mod sharing;
+
 const S: i64 = 1_000_000_000;
 const BIN: i64 = 10;
 
@@ -73,9 +75,10 @@ impl World {
                 Command::Judge {
                     group,
                     volumes,
+                    neighbours,
                     pace,
                 } => {
-                    let begin = self.forecaster.begin(volumes, *pace);
+                    let begin = self.forecaster.begin(volumes, neighbours, *pace);
                     let group = group.clone();
                     self.apply(Event::Judged { group, begin });
                 }
@@ -139,12 +142,18 @@ fn assert_recorded(commands: &[Command], now: UnixNanos) {
     for command in commands {
         match command {
             Command::StartCapture { reason, .. } => assert!(recorded(Action::Capture, reason)),
-            Command::StartStaging { reason, .. } => assert!(recorded(Action::Stage, reason)),
+            Command::StartStaging { reason, copy, .. } => {
+                let action = if *copy { Action::Stage } else { Action::Wait };
+                assert!(recorded(action, reason));
+            }
             Command::CancelStaging { reason, .. } => assert!(recorded(Action::Wait, reason)),
             Command::Train { reason } | Command::RefuseCapture { reason, .. } => {
                 assert!(!reason.is_empty());
             }
-            Command::Forecast { .. } | Command::Judge { .. } | Command::RecordDecision(_) => {}
+            Command::Forecast { .. }
+            | Command::Judge { .. }
+            | Command::JudgeStaging { .. }
+            | Command::RecordDecision(_) => {}
         }
     }
 }
