@@ -8,8 +8,10 @@ use clap::Subcommand;
 use super::args;
 use super::error::CliError;
 use super::offline::backtest::{self, Answer, Job};
-use super::output::{Output, Table};
-use crate::config::units::parse_duration as duration;
+use super::offline::blocks;
+use super::output::{Output, Table, or_dash};
+use crate::config::units::{parse_duration as duration, parse_size};
+use crate::plan::backtest_blocks::Amount;
 use crate::seam::UnixNanos;
 
 /// Write what the forecasters of the agent would have said over a recorded history, for scoring by
@@ -64,6 +66,37 @@ struct PriorArgs {
     out: PathBuf,
 }
 
+#[derive(Debug, clap::Args)]
+struct Blocks {
+    /// The history's folder
+    #[arg(long, value_name = "DIR")]
+    history: PathBuf,
+    /// Bytes of a block; a power of two from 512 to 1 MiB
+    #[arg(long, value_name = "SIZE", default_value = "4096", value_parser = block)]
+    block: u32,
+    /// The file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+fn block(text: &str) -> Result<u32, String> {
+    let size = text.parse().ok().or_else(|| parse_size(text).ok());
+    size.and_then(|size: u64| u32::try_from(size).ok())
+        .filter(|size| size.is_power_of_two() && (512..=1 << 20).contains(size))
+        .ok_or_else(|| format!("{text:?} is no size of a block; use 4096 for example"))
+}
+
+fn amount(text: &str) -> Result<Amount, String> {
+    let share = text.strip_suffix('%').map(str::parse::<f64>);
+    match share {
+        Some(Ok(percent)) if percent > 0.0 && percent <= 100.0 => {
+            Ok(Amount::Share(percent / 100.0))
+        }
+        Some(_) => Err(format!("{text:?} is no share; use 5% for example")),
+        None => parse_size(text).map(Amount::Bytes),
+    }
+}
+
 fn fold(text: &str) -> Result<(usize, usize), String> {
     let parts = text.split_once('/').and_then(|(fold, folds)| {
         Some((fold.parse::<usize>().ok()?, folds.parse::<usize>().ok()?))
@@ -103,6 +136,28 @@ enum Verb {
     /// Train the network that ships with SOE on a recorded history (`cargo xtask train-prior`)
     #[command(hide = true)]
     Prior(PriorArgs),
+    /// The blocks that would be staged for given bursts, from recorded IO
+    Staging {
+        #[command(flatten)]
+        blocks: Blocks,
+        /// The bursts, a CSV file: volume,start_us,end_us
+        #[arg(long, value_name = "FILE")]
+        bursts: PathBuf,
+        /// How much is staged per burst: a share of the footprint so far, or a size
+        #[arg(long, value_name = "SHARE|SIZE", default_value = "5%", value_parser = amount)]
+        budget: Amount,
+    },
+    /// What a cache of the live volume misses of recorded IO, alone and with staging
+    Cache {
+        #[command(flatten)]
+        blocks: Blocks,
+        /// Bursts to stage for, a CSV file: volume,start_us,end_us [default: nothing is staged]
+        #[arg(long, value_name = "FILE")]
+        bursts: Option<PathBuf>,
+        /// How much the cache holds: a share of the whole footprint, or a size
+        #[arg(long, value_name = "SHARE|SIZE", default_value = "5%", value_parser = amount)]
+        capacity: Amount,
+    },
     /// The window chosen for one capture in every interval
     Windows {
         #[command(flatten)]
@@ -116,9 +171,19 @@ enum Verb {
     },
 }
 
-pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
+pub(super) fn run(args: Args, out: Output) -> Result<(), CliError> {
     let (over, job) = match args.verb {
         Verb::Prior(args) => return prior(args, out),
+        Verb::Staging {
+            blocks,
+            bursts,
+            budget,
+        } => return staging(blocks, bursts, budget, out),
+        Verb::Cache {
+            blocks,
+            bursts,
+            capacity,
+        } => return cache(blocks, bursts, capacity, out),
         Verb::Load {
             over,
             horizon,
@@ -150,13 +215,60 @@ pub(super) fn run(args: Args, mut out: Output) -> Result<(), CliError> {
         train_every: (!over.train_every.is_zero()).then_some(over.train_every),
         prior: over.prior,
         job,
-        out: over.out.clone(),
+        out: over.out,
     })?;
-    out.show(&answer, |Answer { rows, volumes, .. }| {
+    show(&answer, out)
+}
+
+fn show(answer: &Answer, mut out: Output) -> Result<(), CliError> {
+    out.show(
+        answer,
+        |Answer {
+             rows,
+             volumes,
+             file,
+         }| {
+            let mut table = Table::pairs();
+            table.pair("volumes", volumes);
+            table.pair("rows", rows);
+            table.pair("written to", file);
+            table
+        },
+    )
+}
+
+fn staging(blocks: Blocks, bursts: PathBuf, budget: Amount, out: Output) -> Result<(), CliError> {
+    let answer = blocks::run_staging(&blocks::Request {
+        history: blocks.history,
+        bursts: Some(bursts),
+        amount: budget,
+        block: blocks.block,
+        out: blocks.out,
+    })?;
+    show(&answer, out)
+}
+
+fn cache(
+    blocks: Blocks,
+    bursts: Option<PathBuf>,
+    capacity: Amount,
+    mut out: Output,
+) -> Result<(), CliError> {
+    let file = blocks.out.display().to_string();
+    let answer = blocks::run_cache(&blocks::Request {
+        history: blocks.history,
+        bursts,
+        amount: capacity,
+        block: blocks.block,
+        out: blocks.out,
+    })?;
+    out.show(&answer, |answer| {
         let mut table = Table::pairs();
-        table.pair("volumes", volumes);
-        table.pair("rows", rows);
-        table.pair("written to", over.out.display());
+        table.pair("volumes", answer.volumes.len());
+        table.pair("miss ratio", format!("{:.4}", answer.miss_ratio));
+        let with = answer.miss_ratio_with_staging.map(|r| format!("{r:.4}"));
+        table.pair("with staging", or_dash(with));
+        table.pair("written to", &file);
         table
     })
 }

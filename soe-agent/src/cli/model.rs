@@ -32,7 +32,8 @@ enum Verb {
     /// Let a version serve
     Promote {
         /// Its number in 'soe model show', or 'shipped'
-        version: String,
+        #[arg(value_name = "VERSION")]
+        number: String,
     },
     /// Go back to the version before the one that serves
     Rollback,
@@ -65,8 +66,8 @@ pub(super) fn run(args: Args, client: &Client, mut out: Output) -> Result<(), Cl
             let request = request(volume)?;
             client.call(async |mut stub| plain(stub.model_backtest(request).await?))
         }
-        Verb::Promote { version } => {
-            let request = serve(match version.as_str() {
+        Verb::Promote { number } => {
+            let request = serve(match number.as_str() {
                 "shipped" => Which::Shipped(true),
                 number => Which::Version(number.parse().map_err(|_| {
                     CliError::Usage(format!(

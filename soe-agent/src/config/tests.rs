@@ -320,6 +320,7 @@ fn all_other() -> Config {
         idle = "65KiB"
         earliest = 0.6
         stage_above = 0.6
+        stage_precision = 0.06
         rpo = "16m"
         max_pause = "101ms"
         baseline_every = "8d"

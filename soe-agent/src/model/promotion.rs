@@ -125,3 +125,102 @@ pub fn outdone(
         )
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::TimeScale;
+    use crate::model::series::support::series_of;
+    use crate::model::weights::prior;
+    use std::time::Duration;
+
+    const S: i64 = 1_000_000_000;
+    const DAY: i64 = 24;
+
+    /// Thirty seasons of a daily shape, with a burst at the same clock time of every second one.
+    fn data() -> Dataset {
+        let loads: Vec<Option<f64>> = (0..30 * DAY)
+            .map(|bin| {
+                let noise = ((bin as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 44) as f64;
+                let shape = (bin % DAY) as f64;
+                let burst = if bin % (2 * DAY) == 9 { 3e8 } else { 0.0 };
+                Some(1e6 * (1.0 + shape) + noise + burst)
+            })
+            .collect();
+        Dataset {
+            scale: TimeScale::new(Duration::from_secs(1), DAY as usize).unwrap(),
+            series: vec![("v".into(), series_of(&loads, 29))],
+        }
+    }
+
+    /// The network that ships as if trained until `until`, or with its weights turned round.
+    fn network(until: i64, bad: bool) -> Trained {
+        let mut trained = prior().unwrap();
+        trained.info.trained_until = until * S;
+        trained.info.data_to = until * S;
+        if bad {
+            trained.weights.iter_mut().for_each(|w| *w = -*w);
+        }
+        trained
+    }
+
+    #[test]
+    fn what_turned_out_worse_is_rolled_back_and_nothing_else() {
+        let data = data();
+        let (good, bad) = (network(20 * DAY, false), network(20 * DAY, true));
+        let reason = outdone(&data, &bad, &good).unwrap().unwrap();
+        assert!(reason.contains("since its training it lost"), "{reason}");
+        assert_eq!(outdone(&data, &good, &bad).unwrap(), None);
+        assert_eq!(outdone(&data, &good, &good).unwrap(), None);
+        // Half a season says too little.
+        let young = network(30 * DAY - DAY / 2, true);
+        assert_eq!(outdone(&data, &young, &good).unwrap(), None);
+    }
+
+    #[test]
+    fn a_new_network_must_be_better_and_its_onsets_are_judged_apart() {
+        let data = data();
+        let mut bad = network(20 * DAY, true);
+        let standing = Standing {
+            serving: Some(network(10 * DAY, false)),
+            prior: None,
+        };
+        let told = judge(&data, &mut bad, &standing).unwrap();
+        assert!(matches!(told, Promotion::Rejected { .. }), "{told:?}");
+        // One as good is not better.
+        let told = judge(&data, &mut network(20 * DAY, false), &standing).unwrap();
+        assert!(matches!(told, Promotion::Rejected { .. }), "{told:?}");
+        // Better at the load, worse at onsets: the onset network before stays.
+        let mut offered = network(20 * DAY, false);
+        let onset = offered.onset.clone().unwrap();
+        let turned = OnsetWeights {
+            weights: onset.weights.iter().map(|w| -*w).collect(),
+            ..onset.clone()
+        };
+        offered.onset = Some(turned.clone());
+        let mut serving = network(10 * DAY, true);
+        serving.onset = Some(onset.clone());
+        let standing = Standing {
+            serving: Some(serving.clone()),
+            prior: None,
+        };
+        let told = judge(&data, &mut offered, &standing).unwrap();
+        assert!(matches!(told, Promotion::Promoted { .. }), "{told:?}");
+        assert_eq!(offered.onset, Some(onset.clone()));
+        // And the other way round the new one is taken.
+        let mut offered = network(20 * DAY, false);
+        serving.onset = Some(turned);
+        let standing = Standing {
+            serving: Some(serving),
+            prior: None,
+        };
+        judge(&data, &mut offered, &standing).unwrap();
+        assert_eq!(offered.onset, Some(onset));
+    }
+
+    #[test]
+    fn without_history_after_it_nothing_is_promoted() {
+        let told = judge(&data(), &mut network(30 * DAY, false), &Standing::default()).unwrap();
+        assert!(matches!(told, Promotion::Rejected { .. }), "{told:?}");
+    }
+}

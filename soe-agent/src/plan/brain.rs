@@ -238,6 +238,13 @@ impl Brain {
         Some((window.start, window.end))
     }
 
+    /// Whether a volume is in a burst at `now`.
+    pub fn bursting(&self, volume: &VolumeName, now: UnixNanos) -> bool {
+        self.volumes
+            .get(volume)
+            .is_some_and(|volume| self.in_burst(volume, now))
+    }
+
     /// Whether a capture of the group is under way.
     pub fn capturing(&self, group: &GroupName) -> bool {
         self.captures.contains_key(group)

@@ -21,6 +21,8 @@ pub mod simulate;
 
 pub mod backtest;
 
+pub mod backtest_blocks;
+
 pub mod staged;
 
 pub mod summary;

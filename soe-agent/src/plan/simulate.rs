@@ -18,7 +18,8 @@ use crate::model::dataset::Dataset;
 use crate::model::weights::ModelError;
 use crate::model::{Forecaster, LoadBin, Promotion, QuantileForecast, Trained, VolumeName};
 use crate::seam::{ByteRange, UnixNanos};
-use crate::stage::score::{Access, ScoreConfig};
+use crate::stage::heat::BurstHeatConfig;
+use crate::stage::score::Access;
 
 /// Seasons before the judged time in which forecasts are made for the forecaster's own evidence.
 const WARM_UP_SEASONS: i64 = 10;
@@ -69,8 +70,8 @@ pub struct SimulationConfig {
     pub capture_rate: f64,
     /// The shortest time a capture takes.
     pub capture_min: Duration,
-    /// How staging scores blocks.
-    pub score: ScoreConfig,
+    /// How blocks are remembered and scored for staging.
+    pub heat: BurstHeatConfig,
     /// Forecasts are given to the sink every so many bins.
     pub record_every: usize,
     /// Only captures from here on are judged.
@@ -85,7 +86,7 @@ impl SimulationConfig {
             groups,
             capture_rate: 64.0 * 1024.0 * 1024.0,
             capture_min: Duration::from_secs(1),
-            score: ScoreConfig::default(),
+            heat: BurstHeatConfig::default(),
             record_every: 1,
             judge_from: None,
         }
@@ -123,7 +124,8 @@ pub fn simulate(
         sink,
         due: BinaryHeap::new(),
         sequence: 0,
-        staged: StagedSet::new(config.score),
+        staged: StagedSet::new(config.heat),
+        bursting: BTreeMap::new(),
         next_access: 0,
         captures: BTreeMap::new(),
         written: history
@@ -185,6 +187,8 @@ struct Run<'a> {
     due: BinaryHeap<Reverse<(UnixNanos, u64, Due)>>,
     sequence: u64,
     staged: StagedSet,
+    /// Whether each volume is in a burst.
+    bursting: BTreeMap<&'a VolumeName, bool>,
     next_access: usize,
     captures: BTreeMap<GroupName, Vec<CaptureRecord>>,
     /// Bytes written since the beginning, after each bin.
@@ -272,6 +276,11 @@ impl Run<'_> {
                 load,
             };
             self.apply(event, now);
+            let bursting = self.brain.bursting(&volume.name, now);
+            if self.bursting.insert(&volume.name, bursting) != Some(bursting) {
+                self.heat_until(now);
+                self.staged.burst(&volume.name, now, bursting);
+            }
             let bytes = self.changed(&volume.name) as u64;
             let volume = volume.name.clone();
             self.apply(Event::ChangesCounted { volume, bytes }, now);

@@ -8,7 +8,8 @@ use super::simulate::{Sink, TraceAccess};
 use crate::model::VolumeName;
 use crate::seam::{ByteRange, UnixNanos};
 use crate::stage::chosen::Chosen;
-use crate::stage::score::{Access, HeatMap, ScoreConfig};
+use crate::stage::heat::{BurstHeat, BurstHeatConfig};
+use crate::stage::score::Access;
 
 /// A row of `staged`: one range, from when to when it was staged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,7 +49,7 @@ struct Staged {
 }
 
 struct VolumeStaging {
-    heat: HeatMap,
+    heat: BurstHeat,
     /// What was chosen for the last burst, copied or not.
     chosen: Option<Chosen>,
     /// What is staged, by offset; ranges are one unit long and aligned to it.
@@ -57,13 +58,13 @@ struct VolumeStaging {
 
 /// The staged ranges of all volumes.
 pub(super) struct StagedSet {
-    config: ScoreConfig,
+    config: BurstHeatConfig,
     volumes: HashMap<VolumeName, VolumeStaging>,
     statistics: StagingStatistics,
 }
 
 impl StagedSet {
-    pub(super) fn new(config: ScoreConfig) -> Self {
+    pub(super) fn new(config: BurstHeatConfig) -> Self {
         Self {
             config,
             volumes: HashMap::new(),
@@ -128,8 +129,18 @@ impl StagedSet {
     /// Chooses the best ranges of `name` at `now`, to be judged; nothing is copied.
     pub(super) fn choose(&mut self, name: &VolumeName, now: UnixNanos, budget: u64) {
         let volume = volume(&mut self.volumes, self.config, name);
+        volume.heat.set_budget(budget);
         let ranked = volume.heat.rank(now, budget, u64::MAX);
         volume.chosen = Some(Chosen::new(ranked.iter().map(|r| r.range)));
+    }
+
+    /// A burst of `name` has begun or ended: by that the choice learns.
+    pub(super) fn burst(&mut self, name: &VolumeName, now: UnixNanos, on: bool) {
+        let volume = volume(&mut self.volumes, self.config, name);
+        match on {
+            true => volume.heat.burst_began(now),
+            false => volume.heat.burst_ended(now),
+        }
     }
 
     /// Bytes that were chosen last, and bytes of them that were read since.
@@ -206,13 +217,13 @@ impl StagedSet {
 
 fn volume<'a>(
     volumes: &'a mut HashMap<VolumeName, VolumeStaging>,
-    config: ScoreConfig,
+    config: BurstHeatConfig,
     name: &VolumeName,
 ) -> &'a mut VolumeStaging {
     volumes
         .entry(name.clone())
         .or_insert_with(|| VolumeStaging {
-            heat: HeatMap::new(config),
+            heat: BurstHeat::new(config),
             chosen: None,
             staged: BTreeMap::new(),
         })

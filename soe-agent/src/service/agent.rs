@@ -33,7 +33,7 @@ use crate::plan::{Brain, Event, PlannerConfig};
 use crate::seam::{ChangeMap, Clock, GenerationEnd};
 use crate::stage::area::StageArea;
 use crate::stage::chosen::Chosen;
-use crate::stage::score::{HeatMap, ScoreConfig};
+use crate::stage::heat::{BurstHeat, BurstHeatConfig};
 use crate::window::{Name, VolumeWindow};
 
 /// How long after the last failed write a path is trusted again: longer than drivers retry.
@@ -61,6 +61,8 @@ pub(super) struct Sampling {
     pub(super) heat: BTreeMap<u64, (u32, u32)>,
     /// The newest window.
     pub(super) window: Option<VolumeWindow>,
+    /// Whether the heat was told that a burst goes on.
+    pub(super) bursting: bool,
 }
 
 /// One volume of a group.
@@ -74,7 +76,7 @@ pub(super) struct Entry {
     pub(super) reason: Mutex<GenerationEnd>,
     pub(super) settling: Mutex<PathSettling>,
     pub(super) sampling: Mutex<Sampling>,
-    pub(super) heat: Mutex<HeatMap>,
+    pub(super) heat: Mutex<BurstHeat>,
     /// What was chosen for the last burst, copied or not.
     pub(super) chosen: Mutex<Option<Chosen>>,
     /// How often staging was cancelled: copying goes on while this is what it was when it was asked for.
@@ -335,11 +337,11 @@ impl Agent {
                 open: i64::MIN / 2,
                 heat,
                 window: None,
+                bursting: false,
             }),
-            heat: Mutex::new(HeatMap::new(ScoreConfig {
+            heat: Mutex::new(BurstHeat::new(BurstHeatConfig {
                 unit_bytes: u32::try_from(region).unwrap_or(1 << 20),
-                half_life: self.scale.season(),
-                ..ScoreConfig::default()
+                ..BurstHeatConfig::default()
             })),
             chosen: Mutex::new(None),
             staging_cancels: AtomicU64::new(0),

@@ -144,6 +144,16 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
         volume: name.clone(),
         bytes_per_second: bytes as f64 / (interval as f64 / 1e9),
     });
+    let bursting = lock(&agent.mind).brain.bursting(&name, now);
+    let told = &mut lock(&entry.sampling).bursting;
+    // It ends with an interval of the heat, or its last reads would count as read after it.
+    if bursting && !*told {
+        lock(&entry.heat).burst_began(now);
+        *told = true;
+    } else if !bursting && *told && heat {
+        lock(&entry.heat).burst_ended(now);
+        *told = false;
+    }
     for (start, load) in closed {
         let observed = lock(&agent.mind).mixture.observe(&name, start, load);
         match observed {

@@ -81,17 +81,17 @@ impl Agent {
     }
 
     /// Fills the heat maps from the history of before: what was read often is staged first also after a
-    /// restart. May take long, so it is done beside the work. Older heat than this many half-lives
-    /// weighs nothing.
+    /// restart. May take long, so it is done beside the work. Heat of older seasons
+    /// than these would weigh little.
     pub(super) fn prime_heat(&self) {
-        const HALF_LIVES: i64 = 5;
+        const SEASONS: i64 = 5;
         let entries = self.all_entries();
         if entries.is_empty() {
             return;
         }
         let now = self.clock.now();
         let span = i64::try_from(self.scale.season().as_nanos()).unwrap_or(i64::MAX / 16);
-        let query = Query::range(now.saturating_sub(span.saturating_mul(HALF_LIVES))..now)
+        let query = Query::range(now.saturating_sub(span.saturating_mul(SEASONS))..now)
             .volumes(entries.iter().map(|entry| entry.name.clone()))
             .skip_damage();
         let rows = HistoryReader::open(self.history.dir())

@@ -48,7 +48,10 @@ impl Agent {
         let Some(entry) = self.entry(volume) else {
             return;
         };
-        let ranked = lock(&entry.heat).rank(self.clock.now(), budget, entry.volume.bytes());
+        let mut heat = lock(&entry.heat);
+        heat.set_budget(budget);
+        let ranked = heat.rank(self.clock.now(), budget, entry.volume.bytes());
+        drop(heat);
         *lock(&entry.chosen) = Some(Chosen::new(ranked.iter().map(|r| r.range)));
     }
 

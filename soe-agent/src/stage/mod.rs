@@ -2,6 +2,12 @@
 
 pub mod area;
 
+pub mod cache;
+
 pub mod chosen;
+
+pub mod hash;
+
+pub mod heat;
 
 pub mod score;

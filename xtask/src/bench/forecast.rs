@@ -137,7 +137,7 @@ impl Ground {
 }
 
 /// A Python with what the scorer needs.
-fn python(folder: &Path) -> Result<PathBuf> {
+pub(super) fn python(folder: &Path) -> Result<PathBuf> {
     let venv = folder.join("venv");
     let python = venv.join("bin/python");
     if !python.exists() {

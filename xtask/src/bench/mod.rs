@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: figures from this machine. They are printed, never judged: a machine that
 //! does something else beside the benchmark has other figures.
 
+mod blocks;
 mod capture;
 mod figures;
 pub mod forecast;
@@ -25,6 +26,8 @@ enum What {
     Capture(capture::Args),
     /// What forecasts, burst warnings and capture windows are worth on a trace
     Forecast(forecast::Args),
+    /// Which blocks are chosen for bursts of block traces, and what a live cache misses of them
+    Blocks(blocks::Args),
     /// What forecasting for a host of many volumes takes of one core, and in memory
     Scale(scale::Args),
 }
@@ -35,6 +38,7 @@ pub fn command(args: &Args) -> Result<i32> {
         What::Observe(args) => observe::command(args),
         What::Capture(args) => capture::command(args),
         What::Forecast(args) => forecast::command(args),
+        What::Blocks(args) => blocks::command(args),
         What::Scale(args) => scale::command(args),
     }
 }

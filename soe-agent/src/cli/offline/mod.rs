@@ -2,6 +2,7 @@
 //! exit codes.
 
 pub(super) mod backtest;
+pub(super) mod blocks;
 
 mod simulation;
 

@@ -186,7 +186,7 @@ fn known(bin: &crate::window::LoadBin) -> Option<LoadBin> {
     })
 }
 
-fn access(record: &IoRecord) -> Option<TraceAccess> {
+pub(super) fn access(record: &IoRecord) -> Option<TraceAccess> {
     let access = match record.op {
         IoOp::Read => Access::Read,
         IoOp::Flush => return None,

@@ -102,9 +102,7 @@ fn history(volumes: &[&str], seasons: i64, seed: u64) -> History {
 fn config(groups: Vec<GroupSpec>) -> SimulationConfig {
     let mut planner = PlannerConfig::new(scale());
     planner.staging.budget_bytes = 200 * 4096;
-    let mut config = SimulationConfig::new(planner, groups);
-    config.score.half_life = scale().season() * 2;
-    config
+    SimulationConfig::new(planner, groups)
 }
 
 fn run(history: &History, config: &SimulationConfig) -> (Rows, Summary) {
