@@ -212,10 +212,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let peak = peak_multiply_adds();
     let Shape {
         inputs,
+        context,
         hidden: [g, h],
         outputs,
     } = Shape::CURRENT;
-    let forward = (inputs * g + g * h + h * outputs + inputs * outputs) as f64;
+    // The context is worked out once for all bins of a forecast.
+    let bin = (inputs + context) * g + g * h + h * outputs + inputs * outputs;
+    let forward = (SHORT_HORIZON * (bin + inputs * context)) as f64;
     // Backward needs twice the forward pass's: for the inputs and for the weights of every layer.
     let step = 3.0 * forward * BATCH as f64;
     took.sort_by(f64::total_cmp);
@@ -229,7 +232,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "forecast_s": took[took.len() / 2],
             "forecast_slowest_s": took.last(),
             "networks_alone_s": network_alone,
-            "networks_limit_s": 2.0 * volumes as f64 * SHORT_HORIZON as f64 * forward / peak,
+            "networks_limit_s": 2.0 * volumes as f64 * forward / peak,
             "training_s": training,
             "training_step_s": step_takes,
             "training_step_limit_s": step / peak,

@@ -29,6 +29,9 @@ const VERBS: &[(&[&str], bool)] = &[
     (&["forecast", "v"], true),
     (&["model", "show"], true),
     (&["model", "train"], true),
+    (&["model", "backtest"], true),
+    (&["model", "promote", "1"], true),
+    (&["model", "rollback"], true),
     (&["events", "list"], true),
     (&["trace", "record", "v", "--for", "1s"], true),
     (&["agent"], false),
@@ -59,6 +62,30 @@ const VERBS: &[(&[&str], bool)] = &[
         ],
         false,
     ),
+    (
+        &[
+            "backtest",
+            "staging",
+            "--history",
+            "/nonexistent/y",
+            "--bursts",
+            "/nonexistent/b",
+            "--out",
+            "/nonexistent/z",
+        ],
+        false,
+    ),
+    (
+        &[
+            "backtest",
+            "cache",
+            "--history",
+            "/nonexistent/y",
+            "--out",
+            "/nonexistent/z",
+        ],
+        false,
+    ),
     (&["audit"], false),
     (&["completions", "bash"], false),
     (&["man", "--out", "x"], false),
@@ -66,7 +93,9 @@ const VERBS: &[(&[&str], bool)] = &[
 
 /// The verb without its arguments.
 fn path<'a>(args: &[&'a str]) -> Vec<&'a str> {
-    let nested = ["group", "layer", "stage", "model", "events", "trace"];
+    let nested = [
+        "group", "layer", "stage", "model", "events", "trace", "backtest",
+    ];
     let depth = if nested.contains(&args[0]) { 2 } else { 1 };
     args[..depth].to_vec()
 }

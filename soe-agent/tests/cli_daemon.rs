@@ -99,6 +99,18 @@ fn json_has_stable_names() {
         "ewma"
     );
     assert_eq!(daemon.json(&["model", "train"])["training_samples"], 1000);
+    for args in [
+        &["model", "backtest"][..],
+        &["model", "promote", "3"],
+        &["model", "promote", "shipped"],
+        &["model", "rollback"],
+    ] {
+        assert_eq!(
+            daemon.json(args)["versions"][0]["backtest"],
+            0.5,
+            "{args:?}"
+        );
+    }
     assert_eq!(daemon.json(&["volumes"])["volumes"][0]["kind"], "loop");
     assert_eq!(
         daemon.json(&["trace", "record", "v", "--for", "1s"])["dropped"],

@@ -34,7 +34,7 @@ pub struct Origin {
     pub bins: usize,
 }
 
-/// Inputs and targets of samples, one for each known bin of the forecasts.
+/// Inputs and targets of samples, [`SHORT_HORIZON`] for every forecast of which a bin is known.
 #[derive(Clone, Debug, Default)]
 pub struct Samples {
     /// [`INPUTS`] values per sample.
@@ -53,7 +53,7 @@ pub struct Target {
     /// By what z was normalised.
     pub normal: Normal,
     /// What an error in KiB/s weighs: one over what the weighted mean loses on this volume, so that no
-    /// volume outweighs the others by its size.
+    /// volume outweighs the others by its size; 0 where it is not known what happened.
     pub weight: f32,
 }
 
@@ -68,28 +68,34 @@ impl Samples {
         self.targets.is_empty()
     }
 
-    /// Adds the known bins of the forecast at an origin; returns the loss of the weighted mean on them.
+    /// Number of forecasts.
+    pub fn forecasts(&self) -> usize {
+        self.targets.len() / SHORT_HORIZON
+    }
+
+    /// Adds the forecast at an origin, if a bin of it is known; returns the loss of the weighted mean on
+    /// those that are.
     fn push(&mut self, series: &Series, bins: usize) -> (f64, usize) {
         let (x, normal) = features(series.until(bins));
         let mut lost = (0.0, 0);
-        for (row, x) in series.known().rows[bins..bins + SHORT_HORIZON]
-            .iter()
-            .zip(x.chunks_exact(INPUTS))
-        {
-            if !row.known {
-                continue;
-            }
+        let rows = &series.known().rows[bins..bins + SHORT_HORIZON];
+        if rows.iter().all(|row| !row.known) {
+            return lost;
+        }
+        for (row, x) in rows.iter().zip(x.chunks_exact(INPUTS)) {
             let simple: QuantileRow = std::array::from_fn(|q| {
                 from_log_load(normal.invert(x.get(SMOOTHED_AT + q).copied().unwrap_or(0.0)))
             });
-            lost.0 += pinball(&simple, row.load) / 1024.0;
-            lost.1 += 1;
+            if row.known {
+                lost.0 += pinball(&simple, row.load) / 1024.0;
+                lost.1 += 1;
+            }
             self.inputs.extend_from_slice(x);
             self.targets.push(Target {
                 load: row.load / 1024.0,
                 z: normal.apply(row.log),
                 normal,
-                weight: 1.0,
+                weight: f32::from(u8::from(row.known)),
             });
         }
         lost
@@ -155,10 +161,21 @@ impl Dataset {
             .collect()
     }
 
-    /// At most `max` origins whose targets lie wholly after `split`, evenly spaced.
-    pub fn validation_origins(&self, split: UnixNanos, max: usize) -> Vec<Origin> {
-        let split = self.scale.index_of(split);
-        let origins = || self.origins().filter(|(start, _)| *start >= split);
+    /// At most `max` origins whose targets lie wholly within a time, evenly spaced.
+    pub fn validation_origins(
+        &self,
+        within: std::ops::Range<UnixNanos>,
+        max: usize,
+    ) -> Vec<Origin> {
+        let from = self.scale.index_of(within.start);
+        let last = self
+            .scale
+            .index_of(within.end)
+            .saturating_sub(SHORT_HORIZON as i64);
+        let origins = || {
+            self.origins()
+                .filter(|(start, _)| (from..=last).contains(start))
+        };
         let stride = origins().count().div_ceil(max.max(1)).max(1);
         origins()
             .step_by(stride)
@@ -178,16 +195,18 @@ impl Dataset {
             let (loss, bins) = samples.push(&self.series[origin.series].1, origin.bins);
             lost[origin.series].0 += loss;
             lost[origin.series].1 += bins;
-            of.push((origin.series, bins));
+            if bins > 0 {
+                of.push(origin.series);
+            }
         }
         let mut targets = samples.targets.iter_mut();
-        for (series, bins) in of {
+        for series in of {
             let (loss, n) = lost[series];
             let mean = (loss / n.max(1) as f64).max(MIN_LOSS);
             targets
                 .by_ref()
-                .take(bins)
-                .for_each(|t| t.weight = (1.0 / mean) as f32);
+                .take(SHORT_HORIZON)
+                .for_each(|t| t.weight /= mean as f32);
         }
         samples
     }
@@ -291,7 +310,7 @@ mod tests {
         let split = data.split(0.2).unwrap();
         let cut = usize::try_from(data.scale.index_of(split)).unwrap();
         let training = data.training_origins(split, 1000, 1);
-        let validation = data.validation_origins(split, 1000);
+        let validation = data.validation_origins(split..i64::MAX, 1000);
         assert!(training.iter().all(|o| o.bins + SHORT_HORIZON <= cut));
         assert!(validation.iter().all(|o| o.bins >= cut));
         assert!(!training.is_empty() && !validation.is_empty());

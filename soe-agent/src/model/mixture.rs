@@ -127,6 +127,20 @@ impl Mixture {
             .collect()
     }
 
+    /// What a training or a back-test needs of one volume, or of all.
+    pub fn dataset_of(&self, volume: Option<&VolumeName>) -> Dataset {
+        let wanted = |name: &VolumeName| volume.is_none_or(|volume| volume == name);
+        Dataset {
+            scale: self.config.scale,
+            series: self
+                .volumes
+                .iter()
+                .filter(|(name, _)| wanted(name))
+                .map(|(name, v)| (name.clone(), v.series.clone()))
+                .collect(),
+        }
+    }
+
     /// Who says when to begin captures that `volume` takes part in, by the volumes captured together.
     pub fn starting(&self, volume: &VolumeName) -> Vec<(Vec<VolumeName>, Starting)> {
         self.starts
@@ -390,20 +404,21 @@ impl Forecaster for Mixture {
         let known = |name: &VolumeName| Some(self.volumes.get(name)?.series.known());
         let mut all: Vec<Known<'_>> = volumes.iter().map(known).collect::<Option<_>>()?;
         let newest = all.iter().map(Known::next_index).min()?;
-        // A neighbour of which too little is known must not shorten what is known of the volumes.
-        let long = |known: &Known<'_>| {
-            known.next_index() >= newest && known.seasons() > WINDOW_SEASONS as f64 + 1.0
-        };
+        let oldest = all.iter().map(|known| known.first).max()?;
+        let season = self.config.scale.season_bins();
+        // A neighbour of which too little is known must not shorten much what is known of the volumes.
+        let enough = oldest.max(newest - (2 * WINDOW_SEASONS * season) as i64);
+        let long = |known: &Known<'_>| known.next_index() >= newest && known.first <= enough;
         all.extend(neighbours.iter().filter_map(known).filter(long));
         let past = Past::of(&all, pace.length)?;
-        let season = self.config.scale.season_bins();
         let pace = Pace {
             later: pace.later.min(season.saturating_sub(pace.length)),
             ..pace
         };
         if !self.starts.contains_key(volumes) {
             // Groups that were changed or deleted are not asked about any more.
-            let live = |gate: &StartGate| !gate.forgotten(past.first());
+            let kept = newest - (self.config.keep_seasons * season) as i64;
+            let live = |gate: &StartGate| !gate.forgotten(kept);
             self.starts.retain(|_, gate| live(gate));
         }
         let gate = self.starts.entry(volumes.to_vec()).or_default();
@@ -422,14 +437,7 @@ impl Forecaster for Mixture {
     }
 
     fn dataset(&self) -> Dataset {
-        Dataset {
-            scale: self.config.scale,
-            series: self
-                .volumes
-                .iter()
-                .map(|(name, v)| (name.clone(), v.series.clone()))
-                .collect(),
-        }
+        self.dataset_of(None)
     }
 
     fn install(&mut self, trained: &Trained) -> Result<Promotion, ModelError> {

@@ -1,7 +1,8 @@
-//! The quantile network in burn: inputs -> 64 -> 64 -> quantiles, plus a linear skip.
+//! The quantile network in burn: inputs and context -> 128 -> 128 -> quantiles, plus a linear skip.
 //!
 //! It is global: one network for all volumes and all leads, made possible by normalising each sample by
-//! its own trailing season and by aligning its inputs to the bin that is forecast. The skip begins as the
+//! its own trailing season and by aligning its inputs to the bin that is forecast. The context is what 32
+//! units make of the inputs of all bins of the forecast together. The skip begins as the
 //! forecast of the weighted mean, so what is learnt is how to do better than that. The loss is the
 //! pinball loss both in bytes, each volume weighing the same, by which forecasts are judged, and on the
 //! log scale, which keeps quiet hours from being neglected. Weights are drawn by our own generator, not by burn's, so that a seed means the
@@ -25,10 +26,12 @@ use super::weights::{ModelError, OUTPUTS, Predictor, Shape, Trained, TrainedInfo
 use super::window_net;
 use super::{QUANTILES, SHORT_HORIZON};
 
-/// Samples in a batch.
-pub const BATCH: usize = 256;
-/// How often a training looks at every sample, if its steps allow.
-const EPOCHS: usize = 4;
+/// Forecasts in a batch.
+pub const BATCH: usize = 64;
+/// How often a training looks at every forecast, if its steps allow.
+const EPOCHS: usize = 2;
+/// Steps also where there are few.
+const LEAST_STEPS: usize = 500;
 /// What the loss on the log scale weighs beside that in bytes.
 const LOG_WEIGHT: f32 = 3.0;
 /// Fewer samples than this say nothing.
@@ -61,7 +64,7 @@ impl Network {
 
 impl Predictor for Network {
     fn predict(&self, inputs: &[f32]) -> Vec<f32> {
-        let rows = inputs.len() / INPUTS;
+        let rows = inputs.len() / INPUTS / SHORT_HORIZON * SHORT_HORIZON;
         let x = TensorData::new(inputs[..rows * INPUTS].to_vec(), [rows, INPUTS]);
         floats(
             self.net
@@ -91,20 +94,22 @@ struct Targets {
     mean: Tensor<2>,
     deviation: Tensor<2>,
     weight: Tensor<2>,
+    /// 1 where it is known what happened.
+    known: Tensor<2>,
 }
 
-/// See the module. The sum over the quantiles, the mean over the samples.
+/// See the module. The sum over the quantiles, the mean over the bins that are known.
 fn loss(forecast: Tensor<2>, targets: Targets, levels: Tensor<2>) -> Tensor<1> {
     // max(q e, (q - 1) e) = q e + max(0, -e)
     let pinball = |error: Tensor<2>| error.clone() * levels.clone() + relu(-error);
-    let samples = forecast.dims()[0] as f32;
-    let log = pinball(targets.z - forecast.clone()).sum();
+    let bins = targets.known.clone().sum();
+    let log = (pinball(targets.z - forecast.clone()) * targets.known).sum();
     let load = (forecast * targets.deviation + targets.mean)
         .clamp(0.0, MAX_LOG)
         .exp()
         - 1.0;
     let bytes = (pinball(targets.load - load) * targets.weight).sum();
-    (bytes + log * LOG_WEIGHT) / samples
+    (bytes + log * LOG_WEIGHT) / bins
 }
 
 /// Trains a network on `data`, starting from `from` if given.
@@ -126,7 +131,8 @@ pub fn train(
         samples,
         needed: MIN_SAMPLES,
     };
-    let (Some((data_from, data_to)), Some(split)) = (data.range(), data.split(budget.held_back))
+    let (Some((data_from, data_to)), Some(split)) =
+        (data.range(), data.split(budget.held_back + budget.judged))
     else {
         return Err(too_little(0));
     };
@@ -134,7 +140,8 @@ pub fn train(
     if origins.len() < MIN_SAMPLES {
         return Err(too_little(origins.len()));
     }
-    let validation = data.validation_origins(split, VALIDATION_SAMPLES);
+    let chosen_until = data.split(budget.judged).unwrap_or(data_to);
+    let validation = data.validation_origins(split..chosen_until, VALIDATION_SAMPLES);
     let samples = data.samples(&origins);
     // An origin may be followed by bins of which nothing is known.
     if samples.len() < MIN_SAMPLES {
@@ -157,6 +164,7 @@ pub fn train(
         volumes: data.series.len(),
         data_from,
         trained_until: split,
+        chosen_until,
         data_to,
         score: f64::INFINITY,
         onset_samples: None,
@@ -166,7 +174,7 @@ pub fn train(
     let rate = if from.is_some() { GENTLY } else { 1.0 };
     let steps = budget
         .max_steps
-        .min(EPOCHS * samples.len().div_ceil(BATCH))
+        .min((EPOCHS * samples.forecasts().div_ceil(BATCH)).max(LEAST_STEPS))
         .max(1);
     let check_every = (steps / CHECKS).max(1);
     for step in 1..=steps {
@@ -266,7 +274,7 @@ impl<'a> Run<'a> {
         let levels = QUANTILES.map(|q| q as f32).to_vec();
         Self {
             samples,
-            batches: Batches::new(samples.len(), BATCH, seed ^ 0x5eed),
+            batches: Batches::new(samples.forecasts(), BATCH, seed ^ 0x5eed),
             levels: Tensor::from_data(TensorData::new(levels, [1, QUANTILES.len()]), &device),
             optimizer: optimizer(),
             net: Some(Net::new(Shape::CURRENT, weights, &device)),
@@ -276,17 +284,20 @@ impl<'a> Run<'a> {
 
     fn step(&mut self, rate: f64) {
         let Some(net) = self.net.take() else { return };
-        let rows = self.batches.next().to_vec();
-        let n = rows.len();
+        let forecasts = self.batches.next();
+        let n = forecasts.len() * SHORT_HORIZON;
+        let of = |forecast: &usize, width: usize| {
+            let size = SHORT_HORIZON * width;
+            forecast * size..(forecast + 1) * size
+        };
         let mut inputs = Vec::with_capacity(n * INPUTS);
-        for row in &rows {
-            inputs.extend_from_slice(&self.samples.inputs[row * INPUTS..(row + 1) * INPUTS]);
+        let mut rows: Vec<&Target> = Vec::with_capacity(n);
+        for forecast in forecasts {
+            inputs.extend_from_slice(&self.samples.inputs[of(forecast, INPUTS)]);
+            rows.extend(&self.samples.targets[of(forecast, 1)]);
         }
         let column = |pick: fn(&Target) -> f32| {
-            let values: Vec<f32> = rows
-                .iter()
-                .map(|r| pick(&self.samples.targets[*r]))
-                .collect();
+            let values: Vec<f32> = rows.iter().map(|target| pick(target)).collect();
             Tensor::<2>::from_data(TensorData::new(values, [n, 1]), &self.device)
         };
         let targets = Targets {
@@ -295,6 +306,7 @@ impl<'a> Run<'a> {
             mean: column(|t| t.normal.mean),
             deviation: column(|t| t.normal.deviation),
             weight: column(|t| t.weight),
+            known: column(|t| f32::from(u8::from(t.weight > 0.0))),
         };
         let x = TensorData::new(inputs, [n, INPUTS]);
         let forecast = net.forward(Tensor::from_data(x, &self.device));
@@ -363,6 +375,7 @@ mod tests {
             cores: None,
             max_samples: 20_000,
             held_back: 0.2,
+            judged: 0.0,
         }
     }
 
@@ -392,7 +405,7 @@ mod tests {
         assert!(trained.info.score < 0.8, "{}", trained.info.score);
         let network = Network::new(&trained).unwrap();
         let (mut mine, mut last) = (0.0, 0.0);
-        for origin in data.validation_origins(data.split(0.2).unwrap(), 500) {
+        for origin in data.validation_origins(data.split(0.2).unwrap()..i64::MAX, 500) {
             let series = &data.series[origin.series].1;
             let known = series.until(origin.bins);
             let (x, normal) = features(known);

@@ -15,6 +15,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::SHORT_HORIZON;
 use super::weights::Shape;
 
 /// The learning rate rises to the first over some steps, then falls to the second along half a cosine.
@@ -42,6 +43,8 @@ pub struct Budget {
     /// The share of the time range, at its end, that is not trained on but decides which state of the
     /// network is kept, and whether it serves.
     pub held_back: f64,
+    /// The share after that which a training does not look at: by it the outcome is judged.
+    pub judged: f64,
 }
 
 impl Default for Budget {
@@ -50,8 +53,9 @@ impl Default for Budget {
             max_steps: 10_000,
             max_cpu: Some(Duration::from_secs(300)),
             cores: None,
-            max_samples: 640_000,
-            held_back: 0.2,
+            max_samples: 1_920_000,
+            held_back: 0.1,
+            judged: 0.1,
         }
     }
 }
@@ -79,6 +83,7 @@ impl Budget {
 
 #[derive(Module, Debug)]
 pub(super) struct Net {
+    context: Option<Linear>,
     first: Linear,
     second: Linear,
     head: Linear,
@@ -89,6 +94,7 @@ impl Net {
     pub(super) fn new(shape: Shape, weights: &[f32], device: &Device) -> Self {
         let Shape {
             inputs,
+            context,
             hidden: [first, second],
             outputs,
         } = shape;
@@ -103,22 +109,40 @@ impl Net {
             bias: bias.then(|| Param::from_data(TensorData::new(take(o), [o]), device)),
         };
         Self {
-            first: layer(inputs, first, true),
+            context: (context > 0).then(|| layer(SHORT_HORIZON * inputs, context, true)),
+            first: layer(inputs + context, first, true),
             second: layer(first, second, true),
             head: layer(second, outputs, true),
             skip: layer(inputs, outputs, false),
         }
     }
 
+    /// With a context the rows are those of whole forecasts, one after the other.
     pub(super) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let hidden = relu(self.first.forward(x.clone()));
+        let wide = match &self.context {
+            None => x.clone(),
+            Some(layer) => {
+                let [rows, inputs] = x.dims();
+                let forecasts = rows / SHORT_HORIZON;
+                let all = x.clone().reshape([forecasts, SHORT_HORIZON * inputs]);
+                let context = relu(layer.forward(all));
+                let units = context.dims()[1];
+                let each = context
+                    .reshape([forecasts, 1, units])
+                    .repeat_dim(1, SHORT_HORIZON)
+                    .reshape([rows, units]);
+                Tensor::cat(vec![x.clone(), each], 1)
+            }
+        };
+        let hidden = relu(self.first.forward(wide));
         let hidden = relu(self.second.forward(hidden));
         self.head.forward(hidden) + self.skip.forward(x)
     }
 
     pub(super) fn weights(&self) -> Vec<f32> {
         let mut all = Vec::new();
-        for layer in [&self.first, &self.second, &self.head, &self.skip] {
+        let layers = [&self.first, &self.second, &self.head, &self.skip];
+        for layer in self.context.iter().chain(layers) {
             all.extend(floats(layer.weight.val().into_data()));
             if let Some(bias) = &layer.bias {
                 all.extend(floats(bias.val().into_data()));
@@ -135,11 +159,13 @@ pub(super) fn floats(data: TensorData) -> Vec<f32> {
 
 /// Bounds of uniform first weights by part: hidden layers within the square root of six over the fan-in,
 /// the head within `head` of that over a hundred, biases and skip zero.
-pub(super) fn he_bounds(shape: Shape, head: f32) -> [f32; 7] {
+pub(super) fn he_bounds(shape: Shape, head: f32) -> [f32; 9] {
     let bound = |fan_in: usize| (6.0 / fan_in as f32).sqrt();
     let [first, second] = shape.hidden;
     [
-        bound(shape.inputs),
+        bound(SHORT_HORIZON * shape.inputs),
+        0.0,
+        bound(shape.inputs + shape.context),
         0.0,
         bound(first),
         0.0,
@@ -150,7 +176,7 @@ pub(super) fn he_bounds(shape: Shape, head: f32) -> [f32; 7] {
 }
 
 /// Weights drawn by `seed`, uniform within the bound of their part.
-pub(super) fn random_weights(shape: Shape, bounds: [f32; 7], seed: u64) -> Vec<f32> {
+pub(super) fn random_weights(shape: Shape, bounds: [f32; 9], seed: u64) -> Vec<f32> {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut weights = Vec::with_capacity(shape.weights());
     for (n, bound) in shape.parts().into_iter().zip(bounds) {

@@ -30,7 +30,7 @@ pub struct Standing {
 /// # Errors
 /// [`ModelError`] if the network does not fit this build.
 pub fn loss(data: &Dataset, trained: &Trained, from: UnixNanos) -> Result<Option<f64>, ModelError> {
-    let origins = data.validation_origins(from, SAMPLES);
+    let origins = data.validation_origins(from..UnixNanos::MAX, SAMPLES);
     Ok(data.score(predictor(trained)?.as_ref(), &origins))
 }
 
@@ -58,7 +58,8 @@ pub fn judge(
     offered: &mut Trained,
     standing: &Standing,
 ) -> Result<Promotion, ModelError> {
-    let from = offered.info.trained_until;
+    // What the training has not looked at in any way.
+    let from = offered.info.chosen_until;
     let Some(new) = loss(data, offered, from)? else {
         return Ok(Promotion::Rejected {
             reason: "too little history after its training to back-test it".to_owned(),
@@ -80,7 +81,7 @@ pub fn judge(
         return Ok(Promotion::Rejected { reason });
     }
     let labels: Vec<(Origin, bool)> = data
-        .validation_origins(from, SAMPLES)
+        .validation_origins(from..UnixNanos::MAX, SAMPLES)
         .into_iter()
         .filter_map(|o| Some((o, label(&data.series[o.series].1, o.bins)?)))
         .collect();
@@ -92,7 +93,7 @@ pub fn judge(
         .unwrap_or(f64::INFINITY);
     for weights in before().filter_map(|trained| trained.onset.as_ref()) {
         let loss = loss_of(weights).unwrap_or(f64::INFINITY);
-        if loss <= best {
+        if loss.is_finite() && loss <= best {
             best = loss;
             offered.onset = Some(weights.clone());
         }
@@ -157,6 +158,7 @@ mod tests {
     fn network(until: i64, bad: bool) -> Trained {
         let mut trained = prior().unwrap();
         trained.info.trained_until = until * S;
+        trained.info.chosen_until = until * S;
         trained.info.data_to = until * S;
         if bad {
             trained.weights.iter_mut().for_each(|w| *w = -*w);

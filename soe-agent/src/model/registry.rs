@@ -1,7 +1,8 @@
 //! The networks trained on this host, in versions: which one serves, and those before it, to go back to.
 //!
-//! One file a version, `NNNNNN.soe`, and the file `serving`, which names the one that serves. Both appear
-//! whole or not at all (written beside, synced, renamed), so a crash leaves the version before.
+//! One file a version, `NNNNNN.soe`, and the file `serving`, which names the one that serves and below it
+//! those that served before and were not gone back from. Both appear whole or not at all (written beside,
+//! synced, renamed), so a crash leaves the version before.
 
 use std::fs;
 use std::io;
@@ -82,8 +83,13 @@ impl Registry {
 
     /// The version that serves; `None` for the network that ships.
     pub fn serving(&self) -> Option<u64> {
-        let text = fs::read_to_string(self.folder.join(SERVING)).ok()?;
-        text.trim().parse().ok()
+        self.served().first().copied().flatten()
+    }
+
+    /// What serves and what served before it, newest first.
+    fn served(&self) -> Vec<Option<u64>> {
+        let text = fs::read_to_string(self.folder.join(SERVING)).unwrap_or_default();
+        text.lines().map(|line| line.trim().parse().ok()).collect()
     }
 
     /// A version's network.
@@ -108,7 +114,9 @@ impl Registry {
         let old = numbers.len().saturating_sub(KEPT - 1);
         for number in &numbers[..old] {
             let path = self.path(*number);
-            fs::remove_file(&path).map_err(|e| failed(&path, "remove", e))?;
+            if let Err(error) = fs::remove_file(&path) {
+                tracing::warn!(path = %path.display(), %error, "an old version of the model stays");
+            }
         }
         Ok(number)
     }
@@ -118,20 +126,42 @@ impl Registry {
     /// # Errors
     /// [`ModelError`] if there is no such version, or it cannot be noted.
     pub fn serve(&self, number: Option<u64>) -> Result<(), ModelError> {
+        let mut served = self.served();
+        served.retain(|before| *before != number);
+        served.insert(0, number);
+        self.note(number, &served)
+    }
+
+    /// Lets serve again what served before; `None` for the network that ships. What served is not gone
+    /// back to.
+    ///
+    /// # Errors
+    /// As [`Registry::serve`].
+    pub fn back(&self) -> Result<Option<u64>, ModelError> {
+        let before = self.before();
+        let place = |served: &[Option<u64>]| served.iter().position(|number| *number == before);
+        let mut served = self.served();
+        match place(&served) {
+            Some(at) => drop(served.drain(..at)),
+            None => served = vec![before],
+        }
+        self.note(before, &served)?;
+        Ok(before)
+    }
+
+    /// What served before and can serve again; `None` for the network that ships.
+    pub fn before(&self) -> Option<u64> {
+        let usable = |number: &Option<u64>| number.is_none_or(|number| self.load(number).is_ok());
+        self.served().into_iter().skip(1).find(usable).flatten()
+    }
+
+    fn note(&self, number: Option<u64>, served: &[Option<u64>]) -> Result<(), ModelError> {
         if let Some(number) = number {
             self.load(number)?;
         }
-        let text = number.map_or(PRIOR.to_owned(), |number| number.to_string());
-        write_whole(&self.folder.join(SERVING), text.as_bytes())
-    }
-
-    /// The newest version before `number` that can serve; `None` for the network that ships.
-    ///
-    /// # Errors
-    /// [`ModelError::Io`] if the folder cannot be read.
-    pub fn before(&self, number: u64) -> Result<Option<u64>, ModelError> {
-        let older = self.numbers()?.into_iter().rev().filter(|n| *n < number);
-        Ok(older.into_iter().find(|n| self.load(*n).is_ok()))
+        let line = |number: &Option<u64>| number.map_or(PRIOR.to_owned(), |n| n.to_string());
+        let lines: Vec<String> = served.iter().take(KEPT).map(line).collect();
+        write_whole(&self.folder.join(SERVING), lines.join("\n").as_bytes())
     }
 }
 
@@ -160,12 +190,24 @@ mod tests {
             assert_eq!(registry.add(&trained(seed)).unwrap(), seed);
             assert_eq!(registry.serving(), Some(seed));
         }
-        assert_eq!(registry.before(3).unwrap(), Some(2));
-        registry.serve(Some(2)).unwrap();
+        assert_eq!(registry.before(), Some(2));
+        assert_eq!(registry.back().unwrap(), Some(2));
         assert_eq!(registry.serving(), Some(2));
         assert_eq!(registry.load(2).unwrap().info.seed, 2);
-        assert_eq!(registry.before(1).unwrap(), None);
+        // What was gone back from is not gone back to.
+        assert_eq!(registry.add(&trained(4)).unwrap(), 4);
+        assert_eq!(registry.back().unwrap(), Some(2));
+        assert_eq!(registry.back().unwrap(), Some(1));
+        assert_eq!(registry.back().unwrap(), None);
+        assert_eq!(registry.serving(), None);
+        registry.serve(Some(3)).unwrap();
+        assert_eq!(registry.before(), None);
         registry.serve(None).unwrap();
+        assert_eq!(
+            registry.before(),
+            Some(3),
+            "a user may have gone to the shipped one"
+        );
         assert_eq!(registry.serving(), None);
         let error = registry.serve(Some(9)).unwrap_err();
         assert!(error.to_string().contains("000009.soe"), "{error}");
@@ -199,10 +241,11 @@ mod tests {
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
         fs::write(&path, bytes).unwrap();
+        assert!(registry.serve(Some(2)).is_err());
+        assert_eq!(registry.serving(), Some(3));
+        assert_eq!(registry.before(), Some(1));
         fs::write(dir.path().join("models/serving"), "not a number").unwrap();
         assert_eq!(registry.serving(), None);
-        assert!(registry.serve(Some(2)).is_err());
-        assert_eq!(registry.before(3).unwrap(), Some(1));
         let infos: Vec<bool> = registry
             .versions()
             .unwrap()

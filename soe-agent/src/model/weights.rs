@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! bytes 0..8    "SOEMODEL"
-//! bytes 8..12   format version, u32 little-endian (3)
+//! bytes 8..12   format version, u32 little-endian (4)
 //! bytes 12..16  length of the header, u32 little-endian
 //! header        JSON of [`TrainedInfo`]
 //! weights       f32 little-endian, in the order of [`Shape`]
@@ -24,11 +24,11 @@ use serde::{Deserialize, Serialize};
 use super::features::{FEATURE_VERSION, INPUTS};
 use super::onset_features::ONSET_INPUTS;
 use super::window_features::WINDOW_INPUTS;
-use super::{QUANTILES, TimeScale};
+use super::{QUANTILES, SHORT_HORIZON, TimeScale};
 use crate::seam::UnixNanos;
 
 const MAGIC: &[u8; 8] = b"SOEMODEL";
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const CHECKSUM: usize = 32;
 /// A file larger than this is not read: networks are smaller by orders of magnitude.
 const MAX_FILE: u64 = 64 << 20;
@@ -89,11 +89,16 @@ pub enum ModelError {
 }
 
 /// The layer sizes of a network; the weights follow each other in this order, row-major
-/// `[input, output]`: first layer and bias, second layer and bias, head and bias, linear skip.
+/// `[input, output]`: context layer and bias, first layer and bias, second layer and bias, head and bias,
+/// linear skip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     /// Inputs.
     pub inputs: usize,
+    /// Units that see the inputs of all [`SHORT_HORIZON`] rows of a forecast together, and that each row
+    /// sees beside its own; 0 for a network whose rows stand alone.
+    #[serde(default)]
+    pub context: usize,
     /// Units of the hidden layers.
     pub hidden: [usize; 2],
     /// Outputs.
@@ -104,18 +109,21 @@ impl Shape {
     /// The shape of this build.
     pub const CURRENT: Shape = Shape {
         inputs: INPUTS,
-        hidden: [64, 64],
+        context: 32,
+        hidden: [128, 128],
         outputs: OUTPUTS,
     };
 
     /// The sizes of the arrays, in order.
-    pub fn parts(&self) -> [usize; 7] {
+    pub fn parts(&self) -> [usize; 9] {
         let Shape {
             inputs: i,
+            context: c,
             hidden: [g, h],
             outputs: o,
         } = *self;
-        [i * g, g, g * h, h, h * o, o, i * o]
+        let all = SHORT_HORIZON * i;
+        [all * c, c, (i + c) * g, g, g * h, h, h * o, o, i * o]
     }
 
     /// The number of weights.
@@ -127,6 +135,7 @@ impl Shape {
 /// The shape of the network that foretells onsets.
 pub const ONSET_SHAPE: Shape = Shape {
     inputs: ONSET_INPUTS,
+    context: 0,
     hidden: [64, 32],
     outputs: 1,
 };
@@ -307,7 +316,10 @@ pub struct TrainedInfo {
     pub data_from: UnixNanos,
     /// From here on nothing was trained on.
     pub trained_until: UnixNanos,
-    /// End of the histories; the score is from `trained_until` to here.
+    /// Between `trained_until` and here the state of the network was chosen, and scored.
+    #[serde(default)]
+    pub chosen_until: UnixNanos,
+    /// End of the histories.
     pub data_to: UnixNanos,
     /// Pinball loss relative to the exponentially weighted mean, the geometric mean over volumes;
     /// below 1 is better.
@@ -558,6 +570,7 @@ mod tests {
                 volumes: 2,
                 data_from: 0,
                 trained_until: 80,
+                chosen_until: 80,
                 data_to: 100,
                 score: 0.9,
                 onset_samples: Some(5),

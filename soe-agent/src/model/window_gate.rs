@@ -2,7 +2,8 @@
 //!
 //! An interval that is over is played through once more by each of them, bin by bin with what was known
 //! then, so both are judged on the same intervals whoever served. Before there were any, the last
-//! intervals of the same kind in the history are played through, one with every question.
+//! intervals of the same kind in the history are played through. Every question plays through some bins
+//! more, so that judging costs about as much as asking.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -64,6 +65,8 @@ impl fmt::Display for Judgement {
 
 /// Intervals that are played through from the history before there are others.
 const BEFORE: i64 = 48;
+/// Starts that a question plays through at least, and the share of an interval's.
+const SLICE: (usize, usize) = (8, 16);
 /// What of the evidence is kept after each interval.
 const KEEP: f64 = 0.98;
 /// Intervals of evidence before the rule may take over.
@@ -86,11 +89,24 @@ struct Interval {
     last: i64,
 }
 
+/// An interval that is being played through.
+#[derive(Clone, Debug)]
+struct Replay {
+    interval: Interval,
+    /// The start to come next.
+    next: i64,
+    /// What each met that has begun, by [`Starter::ALL`].
+    begun: [Option<f64>; 2],
+    least: f64,
+    sum: f64,
+}
+
 /// The choice for the volumes of one group.
 #[derive(Clone, Debug)]
 pub struct StartGate {
-    /// Not judged yet, oldest first.
+    /// Not judged yet, oldest first, and the one before them that is being judged.
     open: VecDeque<Interval>,
+    replay: Option<Replay>,
     /// Decayed sums of regret relative to that of a random start, by [`Starter::ALL`].
     regret: [f64; 2],
     /// Decayed sum of the squares of by how much the rule was ahead.
@@ -117,6 +133,7 @@ impl Default for StartGate {
     fn default() -> Self {
         Self {
             open: VecDeque::new(),
+            replay: None,
             regret: [0.0; 2],
             squares: 0.0,
             intervals: 0.0,
@@ -179,6 +196,7 @@ impl StartGate {
             .is_some_and(|asked| asked > now.first + MOST_SLIP + past.day() as i64)
         {
             self.open.clear();
+            self.replay = None;
         }
         let same = |open: &Interval| (now.first - open.first).abs() <= MOST_SLIP;
         if let Some(open) = self.open.back_mut().filter(|open| same(open)) {
@@ -195,17 +213,30 @@ impl StartGate {
             }));
         }
         self.open.push_back(now);
+        // Where an interval has few questions, judging does not keep up: the oldest are left out.
+        while self.open.len() > BEFORE as usize + 1 {
+            self.open.pop_front();
+        }
     }
 
-    /// Judges the oldest interval that is wholly known: one with every question bounds what a question costs.
+    /// Plays through some starts more of the oldest interval that is wholly known.
     fn settle(&mut self, past: &Past, network: &WindowWeights, next: i64) {
-        let over = |open: &Interval| open.last + past.length() as i64 <= next;
-        let Some(interval) = self.open.pop_front_if(|open| over(open)) else {
+        let over = |open: &mut Interval| open.last + past.length() as i64 <= next;
+        if self.replay.is_none() {
+            self.replay = self.open.pop_front_if(over).map(Replay::new);
+        }
+        let Some(replay) = &mut self.replay else {
             return;
         };
-        let Some(regret) = replay(past, network, interval) else {
-            return;
+        let regret = match replay.go_on(past, network) {
+            Some(None) => return,
+            Some(Some(regret)) => regret,
+            None => {
+                self.replay = None;
+                return;
+            }
         };
+        self.replay = None;
         let regret = regret.map(|regret| regret.min(WORST));
         for (sum, regret) in self.regret.iter_mut().zip(regret) {
             *sum = *sum * KEEP + regret;
@@ -226,44 +257,59 @@ impl StartGate {
     }
 }
 
-/// The regret of each in an interval that is over, relative to that of a random start; `None` where it is
-/// not known or all starts are alike.
-fn replay(past: &Past, network: &WindowWeights, interval: Interval) -> Option<[f64; 2]> {
-    let mut begun: [Option<f64>; 2] = [None; 2];
-    let mut met = Vec::new();
-    for start in interval.first..=interval.last {
-        let bins = usize::try_from(start - past.first()).ok()?;
-        let load = past.load_met(bins)?;
-        met.push(load);
-        if begun.iter().all(Option::is_some) {
-            continue;
+impl Replay {
+    fn new(interval: Interval) -> Self {
+        Self {
+            interval,
+            next: interval.first,
+            begun: [None; 2],
+            least: f64::INFINITY,
+            sum: 0.0,
         }
-        let later = usize::try_from(interval.last - start).ok()?;
-        let passed = usize::try_from(start - interval.first).ok()?;
-        let inputs = past.inputs(Start {
-            bins,
-            later,
-            passed,
-        })?;
-        let says = [
-            network.log_odds(&inputs, later) > 0.0,
-            quiet_enough(&inputs),
-        ];
-        for (begun, says) in begun.iter_mut().zip(says) {
-            if begun.is_none() && (says || later == 0) {
-                *begun = Some(load);
+    }
+
+    /// Plays through some starts. The regret of each relative to that of a random start once the interval
+    /// is through, and `None` within before; `None` where it is not known or all starts are alike.
+    fn go_on(&mut self, past: &Past, network: &WindowWeights) -> Option<Option<[f64; 2]>> {
+        let Interval { first, last } = self.interval;
+        let starts = usize::try_from(last - first + 1).ok()?;
+        let slice = SLICE.0.max(starts / SLICE.1) as i64;
+        let until = last.min(self.next + slice - 1);
+        for start in self.next..=until {
+            let bins = usize::try_from(start - past.first()).ok()?;
+            let load = past.load_met(bins)?;
+            self.least = self.least.min(load);
+            self.sum += load;
+            if self.begun.iter().all(Option::is_some) {
+                continue;
+            }
+            let later = usize::try_from(last - start).ok()?;
+            let passed = usize::try_from(start - first).ok()?;
+            let inputs = past.inputs(Start {
+                bins,
+                later,
+                passed,
+            })?;
+            let says = [
+                network.log_odds(&inputs, later) > 0.0,
+                quiet_enough(&inputs),
+            ];
+            for (begun, says) in self.begun.iter_mut().zip(says) {
+                if begun.is_none() && (says || later == 0) {
+                    *begun = Some(load);
+                }
             }
         }
+        self.next = until + 1;
+        if self.next <= last {
+            return Some(None);
+        }
+        let random = self.sum / starts as f64 - self.least;
+        let [Some(network), Some(rule)] = self.begun else {
+            return None;
+        };
+        (random > 1e-6).then(|| Some([network, rule].map(|load| (load - self.least) / random)))
     }
-    let least = met.iter().copied().fold(f64::INFINITY, f64::min);
-    let random = met.iter().sum::<f64>() / met.len().max(1) as f64 - least;
-    if random.is_nan() || random <= 1e-6 {
-        return None;
-    }
-    let [Some(network), Some(rule)] = begun else {
-        return None;
-    };
-    Some([network, rule].map(|load| (load - least) / random))
 }
 
 #[cfg(test)]
@@ -303,6 +349,7 @@ mod tests {
         let gate = gate(12, 12, noise);
         let starting = gate.starting();
         // Eight intervals asked about, of which the last is not over, and two before them.
+        // Twelve starts take two questions, and each interval has twelve.
         let judged = (1.0 - KEEP.powi(9)) / (1.0 - KEEP);
         assert!((starting.intervals - judged).abs() < 1e-9, "{starting:?}");
         assert!(starting.regret.iter().all(|(_, r)| r.is_some()));
@@ -346,6 +393,7 @@ mod tests {
         assert_eq!(served[0], Starter::Network);
         assert_eq!(served.last(), Some(&Starter::Rule), "{:?}", gate.starting());
         // What it takes to hand back.
+        gate.replay = None;
         gate.regret = [1.0, 1.1];
         gate.intervals = 1.0;
         let past = Past::of(&[series.until(20 * DAY as usize)], 1).unwrap();

@@ -82,6 +82,9 @@ struct Training {
     first_bin: Option<UnixNanos>,
 }
 
+/// Volumes of a disk whose load is looked at.
+const MOST_NEIGHBOURS: usize = 16;
+
 /// All decision state. See [`crate::plan`].
 pub struct Brain {
     config: PlannerConfig,
@@ -90,6 +93,11 @@ pub struct Brain {
     captures: BTreeMap<GroupName, Capture>,
     /// The volumes on each physical disk.
     disks: BTreeMap<Name, BTreeSet<VolumeName>>,
+    /// Of each disk the volumes that usually carry the most load, as of the bin in [`Brain::busiest_of`].
+    busiest: BTreeMap<Name, Vec<VolumeName>>,
+    busiest_of: Option<i64>,
+    /// What each volume that may be staged weighs where the budget is shared.
+    weights: BTreeMap<VolumeName, f64>,
     training: Training,
     last_now: UnixNanos,
 }
@@ -103,6 +111,9 @@ impl Brain {
             volumes: BTreeMap::new(),
             captures: BTreeMap::new(),
             disks: BTreeMap::new(),
+            busiest: BTreeMap::new(),
+            busiest_of: None,
+            weights: BTreeMap::new(),
             training: Training::default(),
             last_now: UnixNanos::MIN,
         }
@@ -117,6 +128,7 @@ impl Brain {
         self.last_now = now;
         match event {
             Event::Tick => {
+                self.find_busiest(now);
                 self.plan_captures(now, &mut out);
                 self.plan_staging(now, &mut out);
                 self.plan_training(now, &mut out);
@@ -166,9 +178,11 @@ impl Brain {
                     group.waiting = None;
                     group.judged = None;
                 }
+                self.weigh();
             }
             Event::GroupDeleted { group } => {
                 self.groups.remove(&group);
+                self.weigh();
             }
             Event::CaptureRequested { group, kind } => {
                 self.capture_requested(&group, kind, now, &mut out);
@@ -281,16 +295,55 @@ impl Brain {
             volumes.insert(name.clone());
         }
         self.volume(&name).disks = disks;
+        self.busiest_of = None;
     }
 
-    /// Volumes beside these on the same physical disks.
-    fn neighbours(&self, volumes: &[VolumeName]) -> BTreeSet<&VolumeName> {
-        let disks = volumes
+    /// Finds the busiest volumes of each disk, once a bin: a disk may hold a thousand of them, and the load
+    /// of the rest hardly matters.
+    fn find_busiest(&mut self, now: UnixNanos) {
+        let bin = self.config.scale.index_of(now);
+        if self.busiest_of == Some(bin) {
+            return;
+        }
+        self.busiest_of = Some(bin);
+        let load = |name: &VolumeName| {
+            let volume = self.volumes.get(name);
+            volume.map_or(0.0, |volume| volume.detector.median())
+        };
+        let several = self.disks.iter().filter(|(_, volumes)| volumes.len() > 1);
+        self.busiest = several
+            .map(|(disk, volumes)| {
+                let mut loads: Vec<(f64, &VolumeName)> =
+                    volumes.iter().map(|name| (load(name), name)).collect();
+                loads.sort_by(|a, b| b.0.total_cmp(&a.0));
+                loads.truncate(MOST_NEIGHBOURS);
+                let names = loads.into_iter().map(|(_, name)| name.clone());
+                (disk.clone(), names.collect())
+            })
+            .collect();
+    }
+
+    fn weigh(&mut self) {
+        self.weights.clear();
+        for group in self.groups.values().filter(|g| g.spec.prediction_enabled) {
+            for volume in &group.spec.volumes {
+                let weight = self.weights.entry(volume.clone()).or_default();
+                *weight = weight.max(group.spec.criticality.weight());
+            }
+        }
+    }
+
+    fn disks_of<'a>(&'a self, volumes: &'a [VolumeName]) -> impl Iterator<Item = &'a Name> {
+        volumes
             .iter()
             .filter_map(|name| self.volumes.get(name))
-            .flat_map(|volume| &volume.disks);
-        disks
-            .filter_map(|disk| self.disks.get(disk))
+            .flat_map(|volume| &volume.disks)
+    }
+
+    /// Volumes beside these on the same physical disks, the busiest of them.
+    fn neighbours(&self, volumes: &[VolumeName]) -> BTreeSet<&VolumeName> {
+        self.disks_of(volumes)
+            .filter_map(|disk| self.busiest.get(disk))
             .flatten()
             .filter(|name| !volumes.contains(name))
             .collect()
@@ -392,6 +445,7 @@ impl Brain {
             spec,
         };
         self.groups.insert(group.spec.name.clone(), group);
+        self.weigh();
     }
 
     /// The observed load, unless it is too old to mean anything.

@@ -54,7 +54,7 @@ pub enum Waiting {
     LoadAboveForecast,
     /// There is no forecast, and the load is not low.
     NoForecast,
-    /// Another volume on the same disk is being captured or staged.
+    /// Another volume on the same disk is being staged.
     Neighbour,
 }
 

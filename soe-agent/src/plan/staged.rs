@@ -138,7 +138,12 @@ impl StagedSet {
     pub(super) fn burst(&mut self, name: &VolumeName, now: UnixNanos, on: bool) {
         let volume = volume(&mut self.volumes, self.config, name);
         match on {
-            true => volume.heat.burst_began(now),
+            true => {
+                volume.heat.burst_began(now);
+                if let Some(chosen) = &mut volume.chosen {
+                    chosen.burst_began();
+                }
+            }
             false => volume.heat.burst_ended(now),
         }
     }

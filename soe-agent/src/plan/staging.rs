@@ -104,7 +104,8 @@ impl PrecisionGate {
         };
         self.off = match self.off {
             false => self.judged >= LEAST_JUDGED && precision < least,
-            true => precision < least * COMES_BACK,
+            // Halfway to all of it at most, or a demanding floor would never let it back.
+            true => precision < (least * COMES_BACK).min((1.0 + least) / 2.0),
         };
     }
 
@@ -149,6 +150,28 @@ pub struct Allowed {
     pub rate: f64,
 }
 
+/// Whether staging for `burst` is to be thought of at all, whatever it may take.
+pub fn possible(
+    state: &StagingState,
+    burst: &ExpectedBurst,
+    in_burst: bool,
+    config: &PlannerConfig,
+    now: UnixNanos,
+) -> bool {
+    let staging = &config.staging;
+    if !staging.enabled || state.running || in_burst || burst.probability < staging.alarm {
+        return false;
+    }
+    if state.not_before.is_some_and(|at| now < at) {
+        return false;
+    }
+    // The same burst, seen again: its expected time moves a little from forecast to forecast.
+    let slack = config.scale.bin_nanos() * (config.burst.quiet_bins as i64 + 1);
+    !state
+        .staged_for
+        .is_some_and(|at| now < at || (burst.at - at).abs() <= slack)
+}
+
 /// Whether to begin staging at `now` for `burst`, and why.
 pub fn should_start(
     state: &StagingState,
@@ -158,19 +181,7 @@ pub fn should_start(
     allowed: Allowed,
     now: UnixNanos,
 ) -> Option<String> {
-    let staging = &config.staging;
-    if !staging.enabled || state.running || in_burst || burst.probability < staging.alarm {
-        return None;
-    }
-    if state.not_before.is_some_and(|at| now < at) {
-        return None;
-    }
-    // The same burst, seen again: its expected time moves a little from forecast to forecast.
-    let slack = config.scale.bin_nanos() * (config.burst.quiet_bins as i64 + 1);
-    if state
-        .staged_for
-        .is_some_and(|at| now < at || (burst.at - at).abs() <= slack)
-    {
+    if !possible(state, burst, in_burst, config, now) {
         return None;
     }
     // What was seen says more than what is allowed, of both the disk and the amount.
@@ -226,6 +237,11 @@ mod tests {
             gate.judge(1000, 400, 0.1);
         }
         assert!(!gate.off(), "{:?}", gate.precision());
+        let mut demanding = PrecisionGate::default();
+        (0..3).for_each(|_| demanding.judge(1000, 0, 0.99));
+        assert!(demanding.off());
+        (0..40).for_each(|_| demanding.judge(1000, 1000, 0.99));
+        assert!(!demanding.off(), "{:?}", demanding.precision());
         // Between the two thresholds nothing changes.
         while gate.precision().unwrap() > 0.12 {
             gate.judge(1000, 110, 0.1);

@@ -59,6 +59,8 @@ pub(super) struct Sampling {
     pub(super) open: i64,
     /// Heat totals at the last heat interval.
     pub(super) heat: BTreeMap<u64, (u32, u32)>,
+    /// Bytes and operations read since then.
+    pub(super) read: (u64, u64),
     /// The newest window.
     pub(super) window: Option<VolumeWindow>,
     /// Whether the heat was told that a burst goes on.
@@ -103,6 +105,8 @@ pub struct Agent {
     pub(super) mind: Mutex<Mind>,
     /// The networks trained here. Taken before the mind where both are needed.
     pub(super) models: Mutex<Registry>,
+    /// Held while the versions of the model are judged for a user.
+    pub(super) judging: Mutex<()>,
     pub(super) state: Mutex<State>,
     pub(super) entries: Mutex<BTreeMap<String, Arc<Entry>>>,
     /// Entries of volumes that are gone, as long as somebody still works with them.
@@ -115,7 +119,7 @@ pub struct Agent {
     /// Held by the capture that is under way.
     pub(super) capture_turn: Mutex<()>,
     /// Held by the call that takes an event.
-    pub(super) event_turn: Mutex<()>,
+    pub(super) event_turn: Mutex<super::events::Recent>,
     /// Whether a volume is being recorded.
     pub(super) recording: Mutex<bool>,
     /// Jobs on threads of their own, joined at the end.
@@ -206,6 +210,7 @@ impl Agent {
                 mixture,
             }),
             models: Mutex::new(models),
+            judging: Mutex::default(),
             state: Mutex::new(state),
             entries: Mutex::default(),
             parted: Mutex::default(),
@@ -215,7 +220,7 @@ impl Agent {
             stopping: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             capture_turn: Mutex::new(()),
-            event_turn: Mutex::new(()),
+            event_turn: Mutex::default(),
             recording: Mutex::new(false),
             jobs: Mutex::default(),
             config: RwLock::new(Arc::new(config)),
@@ -336,6 +341,7 @@ impl Agent {
                 bin: None,
                 open: i64::MIN / 2,
                 heat,
+                read: (0, 0),
                 window: None,
                 bursting: false,
             }),

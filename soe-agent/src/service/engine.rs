@@ -312,7 +312,12 @@ impl Engine for Arc<Agent> {
             };
             let cancels = agent.staging_cancels(&volume);
             agent
-                .stage(&volume, area.budget(), cancels)
+                .stage(
+                    &volume,
+                    &agent.ranked(&entry, area.budget()),
+                    area.budget(),
+                    cancels,
+                )
                 .map_err(service_error)?;
             agent.stage_report(&entry).map_err(service_error)
         })

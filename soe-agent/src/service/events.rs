@@ -1,6 +1,7 @@
 //! Events from outside: taken once, kept in the history, told to the brain, and told again after a
 //! restart as long as what they announce is still to come.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::ServiceError;
@@ -19,6 +20,52 @@ use crate::window::EventRow;
 /// How far back an event without a time of its own is looked for, in ns: a day of retries.
 const LATELY: i64 = 86_400_000_000_000;
 
+/// Events remembered at most.
+const MOST_REMEMBERED: usize = 1 << 16;
+
+/// The events of the last day, so that a repeated one is known without a look into the history.
+#[derive(Default)]
+pub(super) struct Recent {
+    /// From when on they are complete; `None` before the first look.
+    since: Option<UnixNanos>,
+    /// When each happened or arrived, whichever was later, by source and identifier.
+    ids: BTreeMap<(String, String), UnixNanos>,
+}
+
+impl Recent {
+    fn note(&mut self, event: &Event, now: UnixNanos) {
+        let key = (event.source.clone(), event.id.clone());
+        self.ids.insert(key, event.time.max(now));
+        if self.ids.len() > MOST_REMEMBERED {
+            let mut times: Vec<UnixNanos> = self.ids.values().copied().collect();
+            times.sort_unstable();
+            self.forget_before(times[MOST_REMEMBERED / 4]);
+        }
+    }
+
+    fn forget_before(&mut self, at: UnixNanos) {
+        self.ids.retain(|_, kept| *kept >= at);
+        self.since = Some(at);
+    }
+
+    /// Whether it was taken; `None` where the history must be asked, because it says it happened earlier
+    /// than what is remembered.
+    fn knows(&mut self, event: &Event, now: UnixNanos) -> Option<bool> {
+        // Now and then: what is forgotten a little late does no harm.
+        if now - self.since? > 3 * LATELY {
+            self.forget_before(now - 2 * LATELY);
+        }
+        let since = self.since?;
+        let key = (event.source.clone(), event.id.clone());
+        if self.ids.contains_key(&key) {
+            return Some(true);
+        }
+        // One that says it is of the future may have been told before. Times are kept in microseconds.
+        let told = since.saturating_add(1000)..=now;
+        told.contains(&event.time).then_some(false)
+    }
+}
+
 impl Sink for Arc<Agent> {
     fn publish(&self, event: Event) -> Result<bool, EngineError> {
         validate::event(&event)?;
@@ -33,18 +80,26 @@ impl Sink for Arc<Agent> {
 impl Agent {
     pub(super) fn take_event(self: &Arc<Self>, event: Event) -> Result<bool, EngineError> {
         // Two calls with the same event: the second finds what the first kept.
-        let _turn = lock(&self.event_turn);
+        let mut recent = lock(&self.event_turn);
         let now = self.clock.now();
-        let known = self.read_events(EventQuery {
-            // One that says it happened long ago lies among the rows of that time, which is kept
-            // in microseconds.
-            since: Some(event.time.saturating_sub(1000).min(now - LATELY)),
-            limit: usize::MAX,
-        })?;
-        if known
-            .iter()
-            .any(|e| e.id == event.id && e.source == event.source)
-        {
+        let known = match recent.knows(&event, now) {
+            Some(known) => known,
+            None => {
+                // One that says it happened long ago lies among the rows of that time.
+                let since = event.time.saturating_sub(1000).min(now - LATELY);
+                let events = self.read_events(EventQuery {
+                    since: Some(since),
+                    limit: usize::MAX,
+                })?;
+                if recent.since.is_none() {
+                    events.iter().for_each(|event| recent.note(event, now));
+                    recent.since = Some(since);
+                }
+                let same = |e: &Event| e.id == event.id && e.source == event.source;
+                events.iter().any(same)
+            }
+        };
+        if known {
             return Ok(false);
         }
         let row = EventRow {
@@ -64,6 +119,7 @@ impl Agent {
             .map_err(|e| service_error(e.into()))?;
         // An event is acknowledged only when it would survive a crash.
         self.history.flush().map_err(|e| service_error(e.into()))?;
+        recent.note(&event, now);
         let event_of_plan = plan::ExternalEvent::from(row);
         self.foretell(&event_of_plan);
         self.apply(plan::Event::EventReceived(event_of_plan));
@@ -137,5 +193,80 @@ impl Agent {
         }
         events.sort_by_key(|(arrived, _)| *arrived);
         events
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: UnixNanos = 100 * LATELY;
+
+    fn event(id: &str, time: UnixNanos) -> Event {
+        Event {
+            id: id.into(),
+            source: "/ci".into(),
+            kind: "k".into(),
+            subject: None,
+            time,
+            expected_at: None,
+            volumes: Vec::new(),
+            data: None,
+        }
+    }
+
+    #[test]
+    fn what_was_taken_of_late_is_known_without_the_history() {
+        let mut recent = Recent::default();
+        assert_eq!(
+            recent.knows(&event("a", NOW), NOW),
+            None,
+            "nothing was read yet"
+        );
+        recent.since = Some(NOW - LATELY);
+        recent.note(&event("a", NOW), NOW);
+        assert_eq!(recent.knows(&event("a", NOW), NOW), Some(true));
+        assert_eq!(recent.knows(&event("b", NOW), NOW), Some(false));
+        // Announced for later, told again.
+        recent.note(&event("c", NOW + LATELY), NOW);
+        assert_eq!(recent.knows(&event("c", NOW + LATELY), NOW + 5), Some(true));
+        // One of long ago, or one that says it is of the future, may be in the history.
+        assert_eq!(recent.knows(&event("d", NOW - 3 * LATELY), NOW), None);
+        assert_eq!(recent.knows(&event("e", NOW + 1), NOW), None);
+        let later = NOW + 5 * LATELY;
+        recent.note(&event("f", NOW + 4 * LATELY), NOW);
+        recent.knows(&event("x", later), later);
+        assert_ne!(
+            recent.knows(&event("f", NOW + 4 * LATELY), later),
+            Some(false)
+        );
+    }
+
+    #[test]
+    fn what_is_remembered_stays_bounded_and_what_is_forgotten_is_asked_for() {
+        let mut recent = Recent {
+            since: Some(NOW),
+            ..Recent::default()
+        };
+        for day in 0..10 {
+            let now = NOW + day * LATELY;
+            recent.note(&event(&day.to_string(), now), now);
+            recent.knows(&event("x", now), now);
+        }
+        assert!(recent.ids.len() <= 4, "{:?}", recent.ids);
+        assert_eq!(
+            recent.knows(&event("1", NOW + LATELY), NOW + 9 * LATELY),
+            None
+        );
+        let now = NOW + 9 * LATELY;
+        for i in 0..2 * MOST_REMEMBERED {
+            let at = now + i as i64;
+            recent.note(&event(&i.to_string(), at), at);
+        }
+        assert!(recent.ids.len() <= MOST_REMEMBERED);
+        let last = now + 2 * MOST_REMEMBERED as i64;
+        let newest = event(&(2 * MOST_REMEMBERED - 1).to_string(), last - 1);
+        assert_eq!(recent.knows(&newest, last), Some(true));
+        assert_eq!(recent.knows(&event("0", now), last), None);
     }
 }

@@ -200,6 +200,10 @@ impl Agent {
             }
             let entry = lock(&self.entries).remove(volume);
             lock(&self.parted).extend(entry);
+            // What was measured of it stays in the history, and is learnt from again after a restart.
+            let volume = VolumeName::from(volume.as_str());
+            lock(&self.mind).mixture.forget(&volume);
+            self.apply(plan::Event::VolumeGone { volume });
         }
         self.give_slots_back()
             .map_err(|e| service_error(e.into()))?;

@@ -118,9 +118,12 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
     let Sampling { bin, open, .. } = &mut *sampling;
     let usual = nanos(agent.config().history.interval);
     let closed = spread(agent.scale, usual, bin, open, &window);
+    sampling.read.0 += window.read.bytes.unwrap_or(0);
+    sampling.read.1 += window.read.ops.unwrap_or(0);
     let heat_rows = if heat {
-        let read = &window.read;
-        let mean = read.bytes.unwrap_or(0) as f64 / read.ops.unwrap_or(0).max(1) as f64;
+        // Over the same time as the heat.
+        let (bytes, ops) = std::mem::take(&mut sampling.read);
+        let mean = bytes as f64 / ops.max(1) as f64;
         heat_rows(agent, entry, &mut sampling.heat, now, mean)
     } else {
         Vec::new()
@@ -144,16 +147,7 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
         volume: name.clone(),
         bytes_per_second: bytes as f64 / (interval as f64 / 1e9),
     });
-    let bursting = lock(&agent.mind).brain.bursting(&name, now);
-    let told = &mut lock(&entry.sampling).bursting;
-    // It ends with an interval of the heat, or its last reads would count as read after it.
-    if bursting && !*told {
-        lock(&entry.heat).burst_began(now);
-        *told = true;
-    } else if !bursting && *told && heat {
-        lock(&entry.heat).burst_ended(now);
-        *told = false;
-    }
+    tell_burst(agent, entry, heat, now);
     for (start, load) in closed {
         let observed = lock(&agent.mind).mixture.observe(&name, start, load);
         match observed {
@@ -166,6 +160,30 @@ fn sample(agent: &Arc<Agent>, entry: &Arc<Entry>, heat: bool) {
                 tracing::warn!(volume = entry.name, %error, "a bin was not used for forecasts")
             }
         }
+    }
+}
+
+/// Tells the heat when a burst begins and ends.
+fn tell_burst(agent: &Agent, entry: &Entry, heat: bool, now: UnixNanos) {
+    let name = VolumeName::from(entry.name.as_str());
+    let bursting = lock(&agent.mind).brain.bursting(&name, now);
+    let told = lock(&entry.sampling).bursting;
+    // It ends with an interval of the heat, or its last reads would count as read after it.
+    let tell = match bursting {
+        true => !told,
+        false => told && heat,
+    };
+    if !tell {
+        return;
+    }
+    lock(&entry.sampling).bursting = bursting;
+    if bursting {
+        lock(&entry.heat).burst_began(now);
+        if let Some(chosen) = &mut *lock(&entry.chosen) {
+            chosen.burst_began();
+        }
+    } else {
+        lock(&entry.heat).burst_ended(now);
     }
 }
 
@@ -213,7 +231,7 @@ fn heat_rows(
     }
     drop(map);
     if let Some(chosen) = &mut *lock(&entry.chosen) {
-        // How large a region's reads were is not known; the window that ends now has seen some of them.
+        // How large a region's reads were is not known, only how large those of the volume.
         for (range, reads) in &read {
             chosen.read(*range, *reads as f64 * mean_read.max(LEAST_READ));
         }
@@ -396,18 +414,18 @@ impl Agent {
                 copy,
                 reason,
             } => {
-                self.choose(&volume, budget_bytes);
-                if !copy {
-                    return None;
-                }
-                tracing::info!(volume = %volume, before, budget_bytes, reason, "staging");
+                tracing::info!(volume = %volume, before, budget_bytes, copy, reason, "staging");
                 let agent = self.clone();
                 // Before the job runs, or a cancellation that comes first would be lost.
                 let cancels = self.staging_cancels(&volume);
                 let of = volume.clone();
                 let started = self.job("staging", move || {
+                    let ranked = agent.choose(&of, budget_bytes);
+                    if !copy {
+                        return;
+                    }
                     let outcome = agent
-                        .stage(&of, budget_bytes, cancels)
+                        .stage(&of, &ranked, budget_bytes, cancels)
                         .map_err(|error| error.to_string());
                     agent.apply(Event::StagingFinished {
                         volume: of,

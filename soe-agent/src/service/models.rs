@@ -23,11 +23,16 @@ pub(super) fn registry(state_dir: &Path) -> Result<Registry, ModelError> {
     let registry = Registry::open(&state_dir.join("models"))?;
     let alone = state_dir.join(ALONE);
     if alone.exists() {
-        if let Ok(trained) = Trained::load(&alone) {
-            registry.add(&trained)?;
+        match Trained::load(&alone).and_then(|trained| registry.add(&trained)) {
+            Ok(version) => {
+                tracing::info!(version, "the network of before is a version now");
+                let _ = std::fs::remove_file(&alone);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the network of an earlier version of SOE is not used");
+                let _ = std::fs::rename(&alone, alone.with_extension("old"));
+            }
         }
-        // It is in the registry now, or was of no use.
-        let _ = std::fs::remove_file(&alone);
     }
     Ok(registry)
 }
@@ -76,7 +81,11 @@ impl Agent {
             ..Budget::default()
         };
         let seed = u64::from(self.config().model.seed);
-        let standing = lock(&self.mind).mixture.standing().clone();
+        let (served, standing) = {
+            let registry = lock(&self.models);
+            let standing = lock(&self.mind).mixture.standing().clone();
+            (registry.serving(), standing)
+        };
         let mut trained = train(
             &dataset,
             budget,
@@ -92,6 +101,12 @@ impl Agent {
         let outcome = match promotion {
             Promotion::Promoted { reason } => {
                 let registry = lock(&self.models);
+                // What a user has chosen meanwhile was not compared with.
+                if registry.serving() != served {
+                    return Ok(
+                        "another version was chosen meanwhile; what was trained is not used".into(),
+                    );
+                }
                 let version = registry.add(&trained).map_err(told)?;
                 lock(&self.mind).mixture.restore(&trained).map_err(told)?;
                 format!("version {version} serves: {reason}")
@@ -121,28 +136,28 @@ impl Agent {
         let (Some(serving), Some(version)) = (serving, lock(&self.models).serving()) else {
             return Ok(None);
         };
-        let before = lock(&self.models).before(version)?;
-        let other = match before {
-            Some(before) => Some(lock(&self.models).load(before)?),
-            None => prior,
-        };
-        let Some(other) = other else {
+        let before = lock(&self.models).before();
+        let before = before
+            .map(|number| lock(&self.models).load(number))
+            .transpose()?;
+        let Some(other) = before.or(prior) else {
             return Ok(None);
         };
         let Some(reason) = promotion::outdone(dataset, &serving, &other)? else {
             return Ok(None);
         };
-        self.serve(before)?;
+        let back = lock(&self.models).back()?;
+        self.install(back)?;
         let reason = format!("version {version} was rolled back: {reason}");
         tracing::warn!(reason, "the network that served is not used any more");
         Ok(Some(reason))
     }
 
-    /// Lets a version serve, or the network that ships.
-    fn serve(&self, version: Option<u64>) -> Result<(), ModelError> {
-        let registry = lock(&self.models);
-        let trained = version.map(|version| registry.load(version)).transpose()?;
-        registry.serve(version)?;
+    /// Puts in service what the registry says serves.
+    fn install(&self, version: Option<u64>) -> Result<(), ModelError> {
+        let trained = version
+            .map(|version| lock(&self.models).load(version))
+            .transpose()?;
         let mixture = &mut lock(&self.mind).mixture;
         match trained {
             Some(trained) => mixture.restore(&trained),
@@ -157,28 +172,33 @@ impl Agent {
     pub(super) fn serve_model(&self, which: WhichModel) -> Result<(), EngineError> {
         let refused = |error: ModelError| EngineError::new(ErrorKind::Conflict, error.to_string());
         let version = match which {
-            WhichModel::Shipped => None,
+            WhichModel::Shipped => {
+                lock(&self.models).serve(None).map_err(refused)?;
+                None
+            }
             WhichModel::Version(version) => {
-                let known = lock(&self.models).versions().map_err(refused)?;
+                let registry = lock(&self.models);
+                let known = registry.versions().map_err(refused)?;
                 if !known.iter().any(|v| v.number == version) {
                     return Err(EngineError::not_found(format!(
                         "there is no version {version} of the model; 'soe model show' lists those there are"
                     )));
                 }
+                registry.serve(Some(version)).map_err(refused)?;
                 Some(version)
             }
             WhichModel::Before => {
                 let registry = lock(&self.models);
-                let Some(serving) = registry.serving() else {
+                if registry.serving().is_none() {
                     return Err(EngineError::new(
                         ErrorKind::Conflict,
                         "the model that ships with SOE serves; there is none before it to go back to",
                     ));
-                };
-                registry.before(serving).map_err(refused)?
+                }
+                registry.back().map_err(refused)?
             }
         };
-        self.serve(version).map_err(refused)
+        self.install(version).map_err(refused)
     }
 
     /// The model of a volume or of all, with what each version would have lost since the newest one was
@@ -187,11 +207,30 @@ impl Agent {
         &self,
         volume: Option<String>,
     ) -> Result<ModelReport, EngineError> {
+        // It takes a copy of the histories and some time of a core: one is enough.
+        let Ok(_turn) = self.judging.try_lock() else {
+            return Err(EngineError::new(
+                ErrorKind::Conflict,
+                "the model is being judged already; try again when that has ended",
+            ));
+        };
+        std::thread::scope(|scope| {
+            let judged = scope.spawn(|| {
+                // SAFETY: setpriority of this thread touches no memory.
+                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+                self.judge_versions(volume)
+            });
+            judged.join().unwrap_or_else(|_| {
+                let why = "the back-test ended by a panic; the log says why";
+                Err(EngineError::new(ErrorKind::Internal, why))
+            })
+        })
+    }
+
+    fn judge_versions(&self, volume: Option<String>) -> Result<ModelReport, EngineError> {
         let mut report = self.model_report(volume.clone())?;
-        let mut dataset = lock(&self.mind).mixture.dataset();
-        if let Some(volume) = &volume {
-            dataset.series.retain(|(name, _)| name.as_str() == volume);
-        }
+        let name = volume.as_deref().map(VolumeName::from);
+        let dataset = lock(&self.mind).mixture.dataset_of(name.as_ref());
         let newest = report.versions.iter().filter_map(|v| v.trained_at).max();
         let season = i64::try_from(self.scale.season().as_nanos()).unwrap_or(i64::MAX);
         let (_, to) = dataset.range().unwrap_or_default();
@@ -229,7 +268,9 @@ impl Agent {
     /// The network that ships and the versions of this host.
     fn versions(&self) -> Vec<ModelVersion> {
         let registry = lock(&self.models);
-        let serving = registry.serving();
+        // What serves, not what should: a version that cannot be used leaves the one that ships.
+        let used = lock(&self.mind).mixture.network().is_some();
+        let serving = registry.serving().filter(|_| used);
         let shipped = prior().map(|trained| trained.info);
         let mut all = vec![(None, shipped.as_ref().ok().cloned(), shipped.err())];
         match registry.versions() {

@@ -114,7 +114,7 @@ impl Agent {
                 let mut heat = lock(&entry.heat);
                 let unit = (row.region << 20) / u64::from(heat.unit_bytes());
                 let (reads, writes) = (row.read_ops as f64, row.write_ops as f64);
-                heat.record_unit(row.ts.saturating_add(row.interval), unit, reads, writes);
+                heat.prime_unit(unit, reads, writes);
             }
         }
     }

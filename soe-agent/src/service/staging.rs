@@ -8,6 +8,7 @@ use crate::io::{ReadOptions, VolumeSpec, open_reader};
 use crate::model::VolumeName;
 use crate::seam::{ByteRange, ChangeMap, Clock, UnixNanos};
 use crate::stage::chosen::Chosen;
+use crate::stage::score::ScoredRange;
 use crate::window::StagingRow;
 
 impl Agent {
@@ -44,22 +45,29 @@ impl Agent {
     }
 
     /// Chooses the blocks most likely to be read, and remembers them: by them staging is judged.
-    pub(super) fn choose(&self, volume: &str, budget: u64) {
+    pub(super) fn choose(&self, volume: &str, budget: u64) -> Vec<ScoredRange> {
         let Some(entry) = self.entry(volume) else {
-            return;
+            return Vec::new();
         };
         let mut heat = lock(&entry.heat);
         heat.set_budget(budget);
         let ranked = heat.rank(self.clock.now(), budget, entry.volume.bytes());
         drop(heat);
         *lock(&entry.chosen) = Some(Chosen::new(ranked.iter().map(|r| r.range)));
+        ranked
     }
 
-    /// Copies the blocks most likely to be read, best first, within `budget` bytes, until it was
-    /// cancelled more than `cancels` times. Returns the bytes copied.
+    /// The blocks most likely to be read, for a user who asks for them now.
+    pub(super) fn ranked(&self, entry: &Entry, budget: u64) -> Vec<ScoredRange> {
+        lock(&entry.heat).rank(self.clock.now(), budget, entry.volume.bytes())
+    }
+
+    /// Copies the blocks `ranked`, best first, within `budget` bytes, until it was cancelled more than
+    /// `cancels` times. Returns the bytes copied.
     pub(super) fn stage(
         &self,
         volume: &str,
+        ranked: &[ScoredRange],
         budget: u64,
         cancels: u64,
     ) -> Result<u64, super::ServiceError> {
@@ -72,8 +80,6 @@ impl Agent {
             len: Some(entry.volume.bytes()),
         };
         let reader = open_reader(&spec, ReadOptions::BACKGROUND)?;
-        let now = self.clock.now();
-        let ranked = lock(&entry.heat).rank(now, budget, entry.volume.bytes());
         let ranges: Vec<ByteRange> = ranked.iter().map(|r| r.range).collect();
         let pace = Cancellable {
             entry: &entry,

@@ -4,6 +4,7 @@
 //! beside a text that says why. Writers make a file complete under another name (one that begins with a
 //! dot, say) and rename it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -18,6 +19,10 @@ use crate::seam::UnixNanos;
 
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// The same while something cannot be taken.
+const AGAIN: Duration = Duration::from_secs(10);
+/// Files kept of those refused, each with its text; the oldest go first.
+const MOST_REFUSED: usize = 256;
 /// Larger files are refused.
 const MOST_BYTES: u64 = 1 << 20;
 /// Files taken in one look.
@@ -27,30 +32,38 @@ const REFUSED: &str = "refused";
 
 /// Takes what is dropped until the folder cannot be used any more; says why then.
 pub async fn follow(dir: &Path, outlet: &mut Outlet) -> String {
+    let mut told = BTreeSet::new();
     loop {
         let (dir, sink) = (dir.to_owned(), outlet.sink());
         // Waits for the disk.
         let looked = tokio::task::spawn_blocking(move || take_all(&dir, &*sink));
-        match looked.await {
-            Ok(Ok(())) => {}
+        let failed = match looked.await {
+            Ok(Ok(failed)) => failed,
             Ok(Err(why)) => return why,
             Err(ended) => return format!("the look into the folder ended unexpectedly: {ended}"),
+        };
+        // What cannot be taken does not hold up what can, and is told once.
+        for why in failed.difference(&told) {
+            tracing::warn!(why, "an event stays in the folder");
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(if failed.is_empty() { LOOK_EVERY } else { AGAIN }).await;
+        told = failed;
     }
 }
 
-/// Takes what lies there now. A file that cannot be taken does not hold up the others.
+/// Takes what lies there now. A file that cannot be taken does not hold up the others: what hinders it is
+/// returned.
 ///
 /// # Errors
-/// In words, if the folder cannot be used or something not be taken; the first of them.
-pub fn take_all(dir: &Path, sink: &dyn Sink) -> Result<(), String> {
-    let mut first = Ok(());
+/// In words, if the folder cannot be used.
+pub fn take_all(dir: &Path, sink: &dyn Sink) -> Result<BTreeSet<String>, String> {
+    let mut failed = BTreeSet::new();
     for file in waiting(dir)? {
-        let taken = take(dir, &file, sink).map_err(|why| format!("{}: {why}", file.display()));
-        first = first.and(taken);
+        if let Err(why) = take(dir, &file, sink) {
+            failed.insert(format!("{}: {why}", file.display()));
+        }
     }
-    first
+    Ok(failed)
 }
 
 fn take(dir: &Path, file: &Path, sink: &dyn Sink) -> Result<(), String> {
@@ -140,7 +153,31 @@ fn refuse(dir: &Path, file: &Path, why: &str) -> Result<(), String> {
         fs::write(to.with_extension("why"), format!("{why}\n"))?;
         fs::rename(file, &to)
     });
-    moved.map_err(|e| format!("it cannot be moved to {}: {e}", refused.display()))
+    moved.map_err(|e| format!("it cannot be moved to {}: {e}", refused.display()))?;
+    if let Err(error) = forget_oldest(&refused) {
+        tracing::warn!(folder = %refused.display(), %error, "old refused files stay");
+    }
+    Ok(())
+}
+
+/// Removes the files refused longest ago, with their texts, where there are too many.
+fn forget_oldest(refused: &Path) -> std::io::Result<()> {
+    let mut texts = Vec::new();
+    for entry in fs::read_dir(refused)? {
+        let path = entry?.path();
+        let meta = fs::symlink_metadata(&path)?;
+        // The text was written when the file was refused, however old the file is.
+        if meta.is_file() && path.extension().is_some_and(|e| e == "why") {
+            texts.push((meta.modified()?, path));
+        }
+    }
+    texts.sort();
+    let old = texts.len().saturating_sub(MOST_REFUSED);
+    for (_, text) in &texts[..old] {
+        let _ = fs::remove_file(text.with_extension("json"));
+        fs::remove_file(text)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -153,7 +190,7 @@ mod tests {
     const EVENT: &str =
         r#"{"specversion":"1.0","id":"a","source":"/ci","type":"com.example.deployment"}"#;
 
-    fn look(dir: &Path, taken: &Arc<Taken>) -> Result<(), String> {
+    fn look(dir: &Path, taken: &Arc<Taken>) -> Result<BTreeSet<String>, String> {
         take_all(dir, &**taken)
     }
 
@@ -185,7 +222,8 @@ mod tests {
         let taken = Arc::new(Taken::default());
         taken.full.store(true, Ordering::SeqCst);
         fs::write(dir.path().join("1.json"), EVENT).unwrap();
-        let why = look(dir.path(), &taken).unwrap_err();
+        let failed = look(dir.path(), &taken).unwrap();
+        let why = failed.first().unwrap();
         assert!(why.contains("the disk is full"), "{why}");
         assert!(dir.path().join("1.json").exists());
         // A link is not followed, wherever it leads.
@@ -200,6 +238,26 @@ mod tests {
             1,
             "the link's is not taken"
         );
+    }
+
+    #[test]
+    fn of_what_is_refused_the_newest_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        for i in 0..MOST_REFUSED + 10 {
+            fs::write(dir.path().join(format!("{i:04}.json")), "{}").unwrap();
+        }
+        // What lies there of somebody else is left alone.
+        fs::create_dir_all(dir.path().join(REFUSED).join("folder")).unwrap();
+        for _ in 0..2 {
+            look(dir.path(), &Arc::default()).unwrap();
+        }
+        let kept = |name: &str| dir.path().join(REFUSED).join(name).exists();
+        let files = fs::read_dir(dir.path().join(REFUSED)).unwrap().count();
+        assert_eq!(files, 2 * MOST_REFUSED + 1);
+        fs::write(dir.path().join("last.json"), "{}").unwrap();
+        look(dir.path(), &Arc::default()).unwrap();
+        assert!(kept("last.json") && kept("last.why") && kept("folder"));
+        assert!(waiting(dir.path()).unwrap().is_empty());
     }
 
     #[test]

@@ -96,6 +96,24 @@ impl Ground {
         })
     }
 
+    /// Runs several back-tests, as many at once as there are processors.
+    fn backtests(&self, verb: &str, jobs: &[(Vec<&str>, PathBuf)]) -> Result<()> {
+        let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+        for jobs in jobs.chunks(at_once) {
+            std::thread::scope(|scope| {
+                let mut running = Vec::new();
+                for (more, out) in jobs {
+                    running.push(scope.spawn(move || self.backtest(verb, more, out)));
+                }
+                running.into_iter().try_for_each(|job| match job.join() {
+                    Ok(done) => done,
+                    Err(_) => bail!("a back-test panicked"),
+                })
+            })?;
+        }
+        Ok(())
+    }
+
     /// Runs a verb of `soe backtest` over the history, with its output in `out`.
     fn backtest(&self, verb: &str, more: &[&str], out: &Path) -> Result<()> {
         let mut command = Command::new(&self.soe);
@@ -175,28 +193,34 @@ pub fn command(args: &Args) -> Result<i32> {
             .as_f64()
             .map_or("-".to_owned(), |v| format!("{v:.3}"))
     };
-    let mut priors = Vec::new();
-    for fold in 0..args.folds {
-        let prior = ground.folder.join(format!("prior-{fold}.soe"));
-        let out_of = format!("{fold}/{}", args.folds);
-        let more = ["--until", &ground.from, "--leave-out", &out_of];
-        ground.backtest("prior", &more, &prior)?;
-        priors.push(prior.display().to_string());
-    }
+    let folds: Vec<String> = (0..args.folds)
+        .map(|fold| format!("{fold}/{}", args.folds))
+        .collect();
+    let trainings: Vec<(Vec<&str>, PathBuf)> = folds
+        .iter()
+        .enumerate()
+        .map(|(fold, left_out)| {
+            let more = vec!["--until", &ground.from, "--leave-out", left_out];
+            (more, ground.folder.join(format!("prior-{fold}.soe")))
+        })
+        .collect();
+    ground.backtests("prior", &trainings)?;
+    let priors: Vec<String> = trainings
+        .iter()
+        .map(|(_, prior)| prior.display().to_string())
+        .collect();
     let began = Instant::now();
     let mut judge = |verb: &str, options: &[&str], scoring: &[&str], keys: &[&str]| -> Result<()> {
         let shared = ["--from", ground.from.as_str(), "--train-every", "0s"];
         let out = |name: String| ground.folder.join(format!("{name}.parquet"));
-        let ours = out(verb.to_owned());
-        ground.backtest(verb, &[&shared, options].concat(), &ours)?;
-        let shipped = ground.score(verb, &[ours], scoring)?;
-        let mut raw = Vec::new();
-        for (fold, prior) in priors.iter().enumerate() {
-            let file = out(format!("{verb}-{fold}"));
+        let mut jobs = vec![([&shared, options].concat(), out(verb.to_owned()))];
+        jobs.extend(priors.iter().enumerate().map(|(fold, prior)| {
             let more = [&shared, options, &["--prior", prior]].concat();
-            ground.backtest(verb, &more, &file)?;
-            raw.push(file);
-        }
+            (more, out(format!("{verb}-{fold}")))
+        }));
+        ground.backtests(verb, &jobs)?;
+        let mut raw: Vec<PathBuf> = jobs.into_iter().map(|(_, file)| file).collect();
+        let shipped = ground.score(verb, &[raw.remove(0)], scoring)?;
         let left_out = match raw.is_empty() {
             true => Value::Null,
             false => ground.score(verb, &raw, scoring)?,

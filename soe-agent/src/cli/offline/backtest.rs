@@ -292,6 +292,7 @@ pub(in crate::cli) fn train_prior(request: &PriorRequest) -> Result<TrainedInfo,
     let budget = Budget {
         max_cpu: None,
         held_back: 0.05,
+        judged: 0.0,
         ..Budget::default()
     };
     let never = std::sync::atomic::AtomicBool::new(false);

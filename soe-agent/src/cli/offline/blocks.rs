@@ -1,7 +1,8 @@
 //! `soe backtest staging` and `soe backtest cache`: recorded IO through the choice of blocks and the live
 //! cache.
 
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -88,11 +89,25 @@ fn burst(line: &str) -> Result<GivenBurst, String> {
     })
 }
 
-fn no_trace(history: &Path) -> CliError {
-    CliError::Usage(format!(
-        "history {} has no io_trace of these volumes; import one with 'soe trace import'",
-        history.display()
-    ))
+/// How many volumes the bursts name, if all of them were traced.
+fn known(
+    bursts: &[GivenBurst],
+    traced: &BTreeMap<VolumeName, usize>,
+    request: &Request,
+) -> Result<usize, CliError> {
+    let history = request.history.display();
+    if traced.is_empty() {
+        return Err(CliError::Usage(format!(
+            "history {history} has no io_trace; import one with 'soe trace import'"
+        )));
+    }
+    let names: BTreeSet<&VolumeName> = bursts.iter().map(|burst| &burst.volume).collect();
+    match names.iter().find(|name| !traced.contains_key(**name)) {
+        None => Ok(names.len()),
+        Some(name) => Err(CliError::Usage(format!(
+            "history {history} has no io_trace of {name}, which the bursts name; correct its name or import its trace"
+        ))),
+    }
 }
 
 /// Writes the blocks that would be staged for each burst.
@@ -103,16 +118,17 @@ pub(in crate::cli) fn run_staging(request: &Request) -> Result<Answer, CliError>
             "there is no burst to stage for; give a file of bursts with --bursts".to_owned(),
         ));
     }
+    let names = known(
+        &bursts,
+        &footprints(request.accesses()?, request.block)?,
+        request,
+    )?;
     let mut volumes = Vec::new();
     let mut starts = Vec::new();
     let mut ranks = Vec::new();
     let mut offsets = Vec::new();
-    let mut accesses = request.accesses()?.peekable();
-    if accesses.peek().is_none() {
-        return Err(no_trace(&request.history));
-    }
     staging(
-        accesses,
+        request.accesses()?,
         &bursts,
         request.amount,
         request.block,
@@ -129,10 +145,8 @@ pub(in crate::cli) fn run_staging(request: &Request) -> Result<Answer, CliError>
         .column("rank", FlatColumn::Count(ranks))
         .column("offset", FlatColumn::Count(offsets));
     write_flat(&request.out, &table)?;
-    let names: std::collections::BTreeSet<&VolumeName> =
-        bursts.iter().map(|burst| &burst.volume).collect();
     Ok(Answer {
-        volumes: names.len(),
+        volumes: names,
         rows: table.rows(),
         file: request.out.display().to_string(),
     })
@@ -155,9 +169,7 @@ pub(in crate::cli) struct CacheAnswer {
 pub(in crate::cli) fn run_cache(request: &Request) -> Result<CacheAnswer, CliError> {
     let bursts = request.bursts()?;
     let footprints = footprints(request.accesses()?, request.block)?;
-    if footprints.is_empty() {
-        return Err(no_trace(&request.history));
-    }
+    known(&bursts, &footprints, request)?;
     let volumes = cache(
         request.accesses()?,
         &footprints,

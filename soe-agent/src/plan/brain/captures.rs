@@ -126,13 +126,15 @@ impl Brain {
             return;
         }
         let intent = plan(&self.view(group, now), &self.config, now);
-        let left = self.view(group, now).schedule(&self.config).latest - now;
         match intent {
-            // Two at once on a disk would only slow each other, and everyone else.
+            // Two at once on a disk would only slow each other, and everyone else. (Captures take turns on the
+            // whole host.)
             Intent::Capture { urgent: false, .. }
-                if let Some(busy) = self.busy_disk(&group.spec.volumes) =>
+                if let Some(beside) = self.staged_beside(&group.spec.volumes) =>
             {
-                let reason = format!("{busy}; {} left", Span(left));
+                let left = self.view(group, now).schedule(&self.config).latest - now;
+                let left = Span(left);
+                let reason = format!("{beside} on the same disk is being staged; {left} left");
                 self.wait(name, Waiting::Neighbour, None, &reason, now, out);
             }
             Intent::Capture {
@@ -149,20 +151,15 @@ impl Brain {
         }
     }
 
-    /// What is being done to a disk of these volumes, if anything is.
-    fn busy_disk(&self, volumes: &[VolumeName]) -> Option<String> {
-        let neighbours = self.neighbours(volumes);
-        let captured = self.captures.iter().find_map(|(group, capture)| {
-            let volume = capture.volumes.iter().find(|v| neighbours.contains(v))?;
-            Some(format!(
-                "{volume} on the same disk is being captured for group {group}"
-            ))
-        });
-        captured.or_else(|| {
-            let staged =
-                |name: &&&VolumeName| self.volumes.get(**name).is_some_and(|v| v.staging.running);
-            let volume = neighbours.iter().find(staged)?;
-            Some(format!("{volume} on the same disk is being staged"))
+    /// The volume on a disk of these that is being staged, if there is one.
+    fn staged_beside(&self, volumes: &[VolumeName]) -> Option<&VolumeName> {
+        let staged = self.volumes.iter().filter(|(_, v)| v.staging.running);
+        let mut staged = staged.filter(|(name, _)| !volumes.contains(name));
+        staged.find_map(|(name, volume)| {
+            let shared = self
+                .disks_of(volumes)
+                .any(|disk| volume.disks.contains(disk));
+            shared.then_some(name)
         })
     }
 

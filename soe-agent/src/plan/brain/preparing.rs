@@ -1,10 +1,11 @@
 //! What is done ahead of time: staging, announced bursts, training.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::{Brain, Group};
+use crate::model::name::Name;
 use crate::model::{ONSET_BINS, VolumeName};
-use crate::plan::staging::{Allowed, next_burst, should_start};
+use crate::plan::staging::{Allowed, next_burst, possible, should_start};
 use crate::plan::types::{Action, Command, Decision, ExternalEvent, nanos};
 use crate::seam::UnixNanos;
 
@@ -27,15 +28,8 @@ impl Brain {
     /// What `name` may take: its share of the bytes by criticality, and of the rate by how many volumes are
     /// being staged.
     fn allowed(&self, name: &VolumeName) -> Allowed {
-        let mut weights: BTreeMap<&VolumeName, f64> = BTreeMap::new();
-        for group in self.groups.values().filter(|g| g.spec.prediction_enabled) {
-            for volume in &group.spec.volumes {
-                let weight = weights.entry(volume).or_default();
-                *weight = weight.max(group.spec.criticality.weight());
-            }
-        }
-        let all: f64 = weights.values().sum();
-        let share = weights.get(name).map_or(0.0, |weight| weight / all);
+        let all: f64 = self.weights.values().sum();
+        let share = self.weights.get(name).map_or(0.0, |weight| weight / all);
         let running = self.volumes.values().filter(|v| v.staging.running).count();
         let staging = &self.config.staging;
         Allowed {
@@ -119,6 +113,10 @@ impl Brain {
         let Some(burst) = next_burst(forecast, &volume.announced, &config, now) else {
             return;
         };
+        // Most of what is expected is far ahead, and not worth a look at the others.
+        if !possible(&volume.staging, &burst, in_burst, &config, now) || self.disk_busy(name) {
+            return;
+        }
         let allowed = self.allowed(name);
         let Some(reason) = should_start(&volume.staging, &burst, in_burst, &config, allowed, now)
         else {
@@ -164,6 +162,16 @@ impl Brain {
             copy,
             reason,
         });
+    }
+
+    /// Whether another volume on the disks of `name` is being captured: copying beside it would slow both.
+    fn disk_busy(&self, name: &VolumeName) -> bool {
+        let own = std::slice::from_ref(name);
+        let mut captured = self.captures.values().flat_map(|capture| &capture.volumes);
+        captured.any(|volume| {
+            let shares = |disk: &Name| self.disks.get(disk).is_some_and(|v| v.contains(volume));
+            volume != name && self.disks_of(own).any(shares)
+        })
     }
 
     pub(super) fn cancel_staging_in_burst(

@@ -191,6 +191,20 @@ impl BurstHeat {
         }
     }
 
+    /// Counts what was read and written of the block `index` long before: as of no burst, whatever runs now.
+    pub fn prime_unit(&mut self, index: u64, reads: f64, writes: f64) {
+        let (before, length) = (self.clock.accesses, std::mem::take(&mut self.length));
+        let running = self.running.take();
+        self.record_unit(0, index, reads, writes);
+        // The burst that runs has not grown by it.
+        let counted = self.clock.accesses - before;
+        self.running = running.map(|mut running| {
+            running.began += counted;
+            running
+        });
+        self.length = length;
+    }
+
     /// Says how many bytes are staged per burst, so that experts are compared at that size.
     pub fn set_budget(&mut self, bytes: u64) {
         self.budget = Some(bytes / u64::from(self.config.unit_bytes));

@@ -137,6 +137,25 @@ fn a_live_scan_is_continued_into_what_was_never_read() {
 }
 
 #[test]
+fn what_is_told_of_long_before_is_no_part_of_a_burst() {
+    let mut heat = BurstHeat::new(BurstHeatConfig::default());
+    heat.set_budget(50 * 4096);
+    heat.burst_began(0);
+    read(&mut heat, 0..50);
+    (1000..1050).for_each(|index| heat.prime_unit(index, 1.0, 0.0));
+    heat.burst_ended(S);
+    let (before, length) = (heat.clock.accesses, heat.length);
+    assert_eq!((before, length), (100, 50.0));
+    let clock = heat.clock;
+    let mut in_burst = |index: u64| {
+        let unit = &mut heat.units[heat.slots[&index] as usize];
+        unit.settle(&clock);
+        unit.in_bursts(&[1.0])
+    };
+    assert_eq!((in_burst(7), in_burst(1007)), (1.0, 0.0));
+}
+
+#[test]
 fn memory_is_bounded_and_what_bursts_read_stays() {
     let mut heat = BurstHeat::new(BurstHeatConfig {
         max_units: 1000,
