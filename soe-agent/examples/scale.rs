@@ -20,7 +20,7 @@ const DAY: i64 = 288;
 /// Seasons of history: as many as an agent ever holds (it keeps 29, and drops the surplus at a quarter more).
 const SEASONS: i64 = 36;
 /// Optimiser steps of two trainings whose difference shows what a step takes.
-const STEPS: (usize, usize) = (400, 1200);
+const STEPS: (usize, usize) = (400, 500);
 
 fn cpu() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
