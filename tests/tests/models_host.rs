@@ -72,5 +72,11 @@ fn a_trained_network_is_a_version_that_outlives_a_restart_and_can_be_gone_back_f
     assert_eq!(serving(&again), Some(version));
     let shipped = soe.run(&["model", "promote", "shipped", "--json"]).json();
     assert_eq!(serving(&shipped), None);
+    let again = soe.run(&["model", "rollback", "--json"]).json();
+    assert_eq!(
+        serving(&again),
+        Some(version),
+        "what a user left can be gone back to"
+    );
     assert_eq!(soe.terminate(), 0);
 }

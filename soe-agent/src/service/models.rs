@@ -189,7 +189,7 @@ impl Agent {
             }
             WhichModel::Before => {
                 let registry = lock(&self.models);
-                if registry.serving().is_none() {
+                if registry.serving().is_none() && registry.before().is_none() {
                     return Err(EngineError::new(
                         ErrorKind::Conflict,
                         "the model that ships with SOE serves; there is none before it to go back to",
