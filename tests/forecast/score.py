@@ -82,6 +82,18 @@ def reference(truth, origins):
     return out
 
 
+def simple_loads(truth, origins, target, back):
+    """The other simple forecasts: quantiles of the trailing day, and of the same clock time (a bin to either
+    side) of seven days. Each (volumes, n, levels)."""
+    trailing = np.stack(
+        [np.quantile(truth.filled[:, t - DAY + 1 : t + 1], LEVELS, axis=1).T for t in origins], 1
+    )
+    same = np.stack([truth.filled[:, target - k * DAY + d] for k in range(1, 8) for d in (-1, 0, 1)])
+    return {
+        "trailing day": trailing[:, back],
+        "same clock": np.moveaxis(np.quantile(same, LEVELS, axis=0), 0, -1),
+    }
+
 
 def seconds(table, name):
     """Whole seconds of a column of times."""
@@ -120,6 +132,11 @@ def load(truth, table):
     known = ~np.isnan(truth.load[:, target]) & ~np.isnan(forecast[..., 0])
     mine, theirs = wql(truth, np.nan_to_num(forecast), target, known), wql(truth, simple, target, known)
     ratio = mine / theirs
+    others = simple_loads(truth, origins, target, back) if origins.min() > 8 * DAY else {}
+    simple_ratios = {"ewma": 1.0} | {
+        name: float(np.exp(np.log(wql(truth, forecast, target, known) / theirs).mean()))
+        for name, forecast in others.items()
+    }
     actual = truth.load[:, target]
     inside = (actual >= forecast[..., 0]) & (actual <= forecast[..., 2])
     return {
@@ -127,6 +144,8 @@ def load(truth, table):
         "harm": float((ratio > 1.05).mean()),
         "coverage": float(inside[known].mean()),
         "worst": float(ratio.max()),
+        "simple relWQL": min(simple_ratios.values()),
+        "simple": simple_ratios,
         "volumes": len(ratio),
         "ratio": dict(zip(truth.names, ratio.round(4).tolist())),
     }
@@ -178,11 +197,19 @@ def burst(truth, table, lead, window):
     label = counts[rows, t + lead + window + 1] - counts[rows, t + lead + 1] > 0
     enough = seen[rows, t + lead + window + 1] - seen[rows, t + 1] > 0.6 * (lead + window)
     quiet = ~burst[rows, t] & ~np.isnan(truth.load[rows, t]) & enough
+    # How often a burst began in the same stretch of the last fourteen days.
+    days = [t - k * DAY for k in range(1, 15)]
+    began = [
+        (counts[rows, np.maximum(d + lead + window + 1, 0)] > counts[rows, np.maximum(d + lead + 1, 0)])
+        for d in days
+    ]
+    same_clock = np.mean(began, 0)[quiet]
     positive, score, raised = label[quiet], p[quiet], alarm[quiet]
     hits = (positive & raised).sum()
     precision, recall = hits / max(raised.sum(), 1), hits / max(positive.sum(), 1)
     return {
         "PR-AUC": average_precision(positive, score),
+        "simple PR-AUC": average_precision(positive, same_clock),
         "base rate": float(positive.mean()),
         "origins": int(quiet.sum()),
         "precision": float(precision),
@@ -197,25 +224,32 @@ def windows(truth, table, interval, length):
     chosen = truth.bin_of(seconds(table, "window_start"))
     sums = np.cumsum(np.pad(truth.filled, ((0, 0), (1, 0))), 1)
     missing = np.cumsum(np.pad(np.isnan(truth.load), ((0, 0), (1, 0))), 1)
-    policy, best, random = (np.zeros(len(truth.names)) for _ in range(3))
+    policy, best, random, simple = (np.zeros(len(truth.names)) for _ in range(4))
     for v, s, c in zip(rows, start, chosen):
         if s < 0 or s + interval > truth.load.shape[1] or missing[v, s + interval] > missing[v, s]:
             continue
         starts = np.arange(s, s + interval - length + 1)
         loads = (sums[v, starts + length] - sums[v, starts]) / length
         policy[v] += loads[c - s]
+        # Where the best window was at the same hours of yesterday.
+        yesterday = starts - DAY
+        if s >= DAY:
+            simple[v] += loads[np.argmin(sums[v, yesterday + length] - sums[v, yesterday])]
         best[v] += loads.min()
         random[v] += loads.mean()
     spread = random - best
     some = spread > 1e-9
-    regret = (policy - best)[some] / spread[some]
-    return {
-        "median": float(np.median(regret)),
-        "mean": float(regret.mean()),
-        "P95": float(np.quantile(regret, 0.95)),
-        "G": float(policy.sum() / max(random.sum(), 1e-9)),
-        "volumes": int(some.sum()),
-    }
+
+    def judged(policy, name=""):
+        regret = (policy - best)[some] / spread[some]
+        return {
+            name + "median": float(np.median(regret)),
+            name + "mean": float(regret.mean()),
+            name + "P95": float(np.quantile(regret, 0.95)),
+            name + "G": float(policy.sum() / max(random.sum(), 1e-9)),
+        }
+
+    return judged(policy) | judged(simple, "simple ") | {"volumes": int(some.sum())}
 
 
 def merged(truth, paths):

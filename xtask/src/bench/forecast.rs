@@ -186,6 +186,7 @@ pub fn command(args: &Args) -> Result<i32> {
         "",
         "network that ships",
         "volumes left out of training",
+        "best simple",
         "LightGBM",
     ]);
     let shown = |value: &Value, key: &str| {
@@ -238,6 +239,7 @@ pub fn command(args: &Args) -> Result<i32> {
                 format!("{verb} {} {key}", options.join(" ")),
                 shown(&shipped, key),
                 shown(&left_out, key),
+                shown(&shipped, &format!("simple {key}")),
                 shown(&peer, key),
             ]);
         }
