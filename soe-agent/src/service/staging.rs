@@ -53,7 +53,12 @@ impl Agent {
         heat.set_budget(budget);
         let ranked = heat.rank(self.clock.now(), budget, entry.volume.bytes());
         drop(heat);
-        *lock(&entry.chosen) = Some(Chosen::new(ranked.iter().map(|r| r.range)));
+        let mut chosen = Chosen::new(ranked.iter().map(|r| r.range));
+        // It may have begun while they were chosen.
+        if lock(&entry.sampling).bursting {
+            chosen.burst_began();
+        }
+        *lock(&entry.chosen) = Some(chosen);
         ranked
     }
 
