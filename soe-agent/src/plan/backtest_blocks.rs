@@ -206,7 +206,7 @@ pub struct CacheCounts {
     pub reads: u64,
     /// Of them not in the cache when the request came: live cache and online prefetch alone.
     pub misses: u64,
-    /// Blocks prefetched, and of them used.
+    /// Blocks prefetched.
     pub prefetched: u64,
     /// Of them used.
     pub prefetched_used: u64,

@@ -43,6 +43,13 @@ impl Recent {
         }
     }
 
+    /// Takes in the events of the history since then.
+    fn fill(&mut self, since: UnixNanos, events: &[Event], now: UnixNanos) {
+        // First: where there are too many, noting them moves it on.
+        self.since = Some(since);
+        events.iter().for_each(|event| self.note(event, now));
+    }
+
     fn forget_before(&mut self, at: UnixNanos) {
         self.ids.retain(|_, kept| *kept >= at);
         self.since = Some(at);
@@ -52,7 +59,8 @@ impl Recent {
     /// than what is remembered.
     fn knows(&mut self, event: &Event, now: UnixNanos) -> Option<bool> {
         // Now and then: what is forgotten a little late does no harm.
-        if now - self.since? > 3 * LATELY {
+        // An event may say that it happened at any time that a number holds.
+        if now.saturating_sub(self.since?) > 3 * LATELY {
             self.forget_before(now - 2 * LATELY);
         }
         let since = self.since?;
@@ -92,8 +100,7 @@ impl Agent {
                     limit: usize::MAX,
                 })?;
                 if recent.since.is_none() {
-                    events.iter().for_each(|event| recent.note(event, now));
-                    recent.since = Some(since);
+                    recent.fill(since, &events, now);
                 }
                 let same = |e: &Event| e.id == event.id && e.source == event.source;
                 events.iter().any(same)
@@ -240,6 +247,34 @@ mod tests {
             recent.knows(&event("f", NOW + 4 * LATELY), later),
             Some(false)
         );
+    }
+
+    #[test]
+    fn an_event_of_any_time_is_taken_and_so_is_the_next() {
+        for time in [i64::MIN, 0, i64::MAX] {
+            let mut recent = Recent::default();
+            let first = event("a", time);
+            assert_eq!(recent.knows(&first, NOW), None);
+            let since = time.saturating_sub(1000).min(NOW - LATELY);
+            recent.fill(since, &[], NOW);
+            recent.note(&first, NOW);
+            assert_eq!(recent.knows(&first, NOW), Some(true), "{time}");
+            assert_eq!(recent.knows(&event("b", NOW), NOW), Some(false), "{time}");
+        }
+    }
+
+    #[test]
+    fn of_more_than_is_remembered_the_oldest_are_asked_for() {
+        let mut recent = Recent::default();
+        let from = NOW - LATELY;
+        // Those of before all count as arrived now, so they are told apart by times to come.
+        let many: Vec<Event> = (0..=MOST_REMEMBERED)
+            .map(|i| event(&i.to_string(), NOW + 1 + i as i64))
+            .collect();
+        recent.fill(from, &many, NOW);
+        let later = NOW + LATELY;
+        assert_ne!(recent.knows(&many[0], later), Some(false), "it was taken");
+        assert_eq!(recent.knows(&many[MOST_REMEMBERED], later), Some(true));
     }
 
     #[test]

@@ -56,21 +56,30 @@ pub(super) fn restore(registry: &Registry, mixture: &mut Mixture) {
     }
 }
 
+/// Does work on a thread of its own, because its priority stays low; `None` if it panicked.
+fn in_background<T: Send>(work: impl FnOnce() -> T + Send) -> Option<T> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // SAFETY: setpriority of this thread touches no memory.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+            work()
+        });
+        thread.join().ok()
+    })
+}
+
 impl Agent {
     /// Judges the network that serves by what has happened since, trains another on what the forecasters
     /// remember, and lets it serve if it is better. Nothing waits for it.
     #[cfg(feature = "model")]
     pub(super) fn train(&self) -> Result<String, String> {
-        // A thread of its own, because its priority stays low.
-        std::thread::scope(|scope| scope.spawn(|| self.train_here()).join())
-            .unwrap_or_else(|_| Err("the training ended by a panic; the log says why".into()))
+        in_background(|| self.train_here())
+            .unwrap_or_else(|| Err("the training ended by a panic; the log says why".into()))
     }
 
     #[cfg(feature = "model")]
     fn train_here(&self) -> Result<String, String> {
         use crate::model::net::{Budget, train};
-        // SAFETY: setpriority of this thread touches no memory.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
         let told = |error: ModelError| error.to_string();
         let dataset = lock(&self.mind).mixture.dataset();
         let back = self.roll_back_if_outdone(&dataset).map_err(told)?;
@@ -214,16 +223,9 @@ impl Agent {
                 "the model is being judged already; try again when that has ended",
             ));
         };
-        std::thread::scope(|scope| {
-            let judged = scope.spawn(|| {
-                // SAFETY: setpriority of this thread touches no memory.
-                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
-                self.judge_versions(volume)
-            });
-            judged.join().unwrap_or_else(|_| {
-                let why = "the back-test ended by a panic; the log says why";
-                Err(EngineError::new(ErrorKind::Internal, why))
-            })
+        in_background(|| self.judge_versions(volume)).unwrap_or_else(|| {
+            let why = "the back-test ended by a panic; the log says why";
+            Err(EngineError::new(ErrorKind::Internal, why))
         })
     }
 

@@ -75,15 +75,7 @@ impl Brain {
             ),
             _ => return,
         };
-        out.push(Command::RecordDecision(Decision {
-            at: now,
-            group: None,
-            volume: name.clone(),
-            action: Action::Wait,
-            window_start: None,
-            window_end: None,
-            reason,
-        }));
+        out.push(not_staged(name, reason, now));
     }
 
     pub(super) fn plan_staging_of(
@@ -190,15 +182,7 @@ impl Brain {
             volume.staging.running = false;
         }
         let reason = "staging is cancelled: the burst has begun".to_owned();
-        out.push(Command::RecordDecision(Decision {
-            at: now,
-            group: None,
-            volume: name.clone(),
-            action: Action::Wait,
-            window_start: None,
-            window_end: None,
-            reason: reason.clone(),
-        }));
+        out.push(not_staged(name, reason.clone(), now));
         out.push(Command::CancelStaging {
             volume: name.clone(),
             reason,
@@ -294,4 +278,17 @@ impl Brain {
             reason: reason.to_owned(),
         });
     }
+}
+
+/// The record of a decision about staging by which nothing is copied.
+fn not_staged(volume: &VolumeName, reason: String, at: UnixNanos) -> Command {
+    Command::RecordDecision(Decision {
+        at,
+        group: None,
+        volume: volume.clone(),
+        action: Action::Wait,
+        window_start: None,
+        window_end: None,
+        reason,
+    })
 }
